@@ -1,0 +1,112 @@
+"""Canonical forms: what an op's order of additions is, as values.
+
+A form is made by a pure function of the reduced length and the dtype. Nothing else can enter it: no batch
+size, no stride, no device. ``oracle.py`` executes forms in plain torch; ``codegen/`` and ``templates/`` emit
+kernels that compute them under any schedule.
+
+    TREE   sum, prod and all that is built on them: the aligned binary tree of adjacent pairs over the
+           row-major index of the reduced dimensions, padded with the identity to a power of two.
+           Every aligned stretch of 2**k elements is a subtree, so any power-of-two block, any split at
+           such a border and any looped or persistent schedule computes the same form.
+    CHAIN  matrix products: one accumulator per output element, k ascending from 0.
+    EXACT  max, min, any, all, arg*, integer sums: no order can change the result.
+    DRAWN  random numbers: by seed and position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import sympy
+
+Length: TypeAlias = int | sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A canonical order of additions; ``str()`` of it goes into certificates and fingerprints."""
+
+    accumulator: str
+
+    def __str__(self) -> str:
+        fields = ", ".join(str(getattr(self, field.name)) for field in dataclasses.fields(self))
+        return f"{type(self).__name__}({fields})"
+
+    @property
+    def free_symbols(self) -> set[sympy.Symbol]:
+        """Symbols the form depends on: reduced lengths only, by construction."""
+        length = getattr(self, "length", 0)
+        return set(sympy.sympify(length).free_symbols)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree(Form):
+    """Aligned binary tree of adjacent pairs over ``length`` elements; sums end with ``+ 0.0``."""
+
+    combine: str
+    length: Length
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Form):
+    """One accumulator, ``length`` products added in ascending order, one rounding at the end."""
+
+    length: Length
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact(Form):
+    """Order-free: the result is the same bits whatever the order."""
+
+    combine: str
+    length: Length
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn(Form):
+    """A random number: a function of the seed and of the element's position in its tensor, row-major.
+
+    It does not depend on the batch size or on the neighbours, but a row that moves draws other numbers.
+    """
+
+
+_ACCUMULATORS = {
+    "float64": "float64",
+    "float32": "float32",
+    "float16": "float32",
+    "bfloat16": "float32",
+}
+_EXACT_COMBINES = frozenset(
+    {"max", "min", "any", "argmax", "argmin", "xor_sum"}
+    | {f"arg{extreme}_{what}" for extreme in ("max", "min") for what in ("value", "with_value")}
+)
+
+
+def accumulator_of(dtype: Any) -> str:
+    """Name of the dtype that sums of ``dtype`` are carried in; integers carry themselves."""
+    name = str(dtype).removeprefix("torch.")
+    return _ACCUMULATORS.get(name, name)
+
+
+def is_ordered(combine: str, dtype: Any) -> bool:
+    """True if the order of a reduction matters: float ``sum`` and ``prod``."""
+    return combine in ("sum", "prod") and accumulator_of(dtype).startswith(("float", "complex"))
+
+
+def reduction_form(combine: str, length: Length, dtype: Any) -> Form:
+    """The form of reducing ``length`` elements of ``dtype`` with ``combine``.
+
+    Raises ValueError for a combine that has no canonical form (Welford, online softmax).
+    """
+    accumulator = accumulator_of(dtype)
+    if is_ordered(combine, dtype):
+        return Tree(accumulator, combine, length)
+    if combine in _EXACT_COMBINES or combine in ("sum", "prod"):
+        return Exact(accumulator, combine, length)
+    raise ValueError(f"no canonical form for a {combine} reduction of {dtype}")
+
+
+def matmul_form(length: Length, dtype: Any, *, tf32: bool = False) -> Form:
+    """The form of a matrix product with inner dimension ``length`` and operands of ``dtype``."""
+    return Chain("tf32/float32" if tf32 else accumulator_of(dtype), length)

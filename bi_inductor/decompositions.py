@@ -1,0 +1,98 @@
+"""The decomposition table AOTAutograd runs with: Inductor's, without what follows sizes, plus the matmul
+family.
+
+Stock Inductor turns ``mm``, ``bmm`` and ``addmm`` into pointwise products or sums when M, N, K or the batch
+is 1 (and some more under coordinate descent tuning), which is another order of additions with other
+roundings. Here they stay what they are, and their relatives with a 1-D operand or a summed batch become one
+of them::
+
+    mv     round(sum_k a[m, k] x[k])                          mm with N = 1
+    dot    round(sum_k x[k] y[k])                             mm with M = N = 1
+    addmv  round(beta c[m] + alpha sum_k a[m, k] x[k])        addmm with N = 1
+    addbmm round(beta c[m, n] + alpha sum_(b, k) a[b, m, k] b[b, k, n])   addmm over K' = (b, k), b outermost
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
+
+aten = torch.ops.aten
+
+_SIZE_DEPENDENT = (
+    aten.mm,
+    aten.bmm,
+    aten.addmm,
+    aten.baddbmm,
+    aten.mv,
+    aten.dot,
+    aten.vdot,
+    aten.addmv,
+    aten.addbmm,
+)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """A fresh table for ``compile_fx(decompositions=...)``."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    dropped = {getattr(packet, overload) for packet in _SIZE_DEPENDENT for overload in packet.overloads()}
+    table = {op: rule for op, rule in select_decomp_table().items() if op not in dropped}
+    return _Table({**table, **_MATMUL_FAMILY, bmm_rounding: bmm_rounding_decomposed})
+
+
+class _Table(dict[Any, Callable[..., Any]]):
+    """Enters cache keys by name: some stock rules cannot be pickled, and from torch 2.13 the graph cache would
+    then be bypassed. What the table holds follows from torch's sources and ours, which the keys hold already."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[[], Any], tuple[()]]:
+        return decompositions, ()
+
+
+def _has_chain(*tensors: Tensor) -> bool:
+    """Real floating point: what a chain of fused multiply-adds is defined for."""
+    return all(tensor.is_floating_point() for tensor in tensors)
+
+
+def _mv(self: Tensor, vec: Tensor) -> Tensor:
+    return torch.mm(self, vec.unsqueeze(1)).squeeze(1) if _has_chain(self, vec) else NotImplemented
+
+
+def _dot(self: Tensor, tensor: Tensor) -> Tensor:
+    if not _has_chain(self, tensor):
+        return NotImplemented
+    return torch.mm(self.unsqueeze(0), tensor.unsqueeze(1)).squeeze(1).squeeze(0)
+
+
+def _vdot(self: Tensor, other: Tensor) -> Tensor:
+    return _dot(self, other)
+
+
+def _addmv(self: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if not _has_chain(self, mat, vec):
+        return NotImplemented
+    column = self.unsqueeze(1) if self.dim() else self
+    return torch.addmm(column, mat, vec.unsqueeze(1), beta=beta, alpha=alpha).squeeze(1)
+
+
+def _addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if not _has_chain(self, batch1, batch2):
+        return NotImplemented
+    batch, rows, inner = batch1.shape
+    left = batch1.transpose(0, 1).reshape(rows, batch * inner)
+    right = batch2.reshape(batch * inner, batch2.shape[2])
+    return torch.addmm(self, left, right, beta=beta, alpha=alpha)
+
+
+_MATMUL_FAMILY: dict[Any, Callable[..., Any]] = {
+    aten.mv.default: _mv,
+    aten.dot.default: _dot,
+    aten.vdot.default: _vdot,
+    aten.addmv.default: _addmv,
+    aten.addbmm.default: _addbmm,
+}

@@ -1,0 +1,144 @@
+"""Lowering of one FX graph under the contract: rule on every op, lower it canonically, round its result.
+
+A GraphLowering of ours differs from Inductor's in four places:
+    run             every node gets a ruling first; a refused one stops the compile by name
+    call_function   our lowerings come before Inductor's
+    its result      a bf16 or fp16 result is rounded at the op, whatever it is fused into
+    codegen         the certificate travels inside the generated source, so every cache carries it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.graph import GraphLowering
+from torch.fx import Node
+
+from . import certificate, lowerings, verdicts
+from .errors import BatchInvarianceError
+from .lowerings.reductions import rounded
+from .options import Options
+from .verdicts import Ruling, Verdict
+
+log = logging.getLogger("bi_inductor")
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class BatchInvariantGraphLowering(GraphLowering):
+    """A GraphLowering that admits only what the contract covers."""
+
+    options = Options()
+    #: What the passes on Dynamo's graph could not rewrite, where the user let them go on.
+    unproven: tuple[BatchInvarianceError, ...] = ()
+
+    def run(self, *args: Any) -> Any:
+        self.rulings = self._rule_on_every_op()
+        result = super().run(*args)
+        self._check_no_unknown_kernel()
+        return result
+
+    def _rule_on_every_op(self) -> dict[Node, Ruling]:
+        rulings = {}
+        for node in self.module.graph.nodes:
+            if node.op == "call_function":
+                ruling = verdicts.rule(node)
+                if ruling.verdict is Verdict.REFUSED:
+                    ruling = self._refuse(node, ruling)
+                rulings[node] = ruling
+        return rulings
+
+    def _refuse(self, node: Node, ruling: Ruling) -> Ruling:
+        source = certificate.source_line(node) or None
+        error = BatchInvarianceError(str(node.target), ruling.reason, ruling.remedy, source)
+        refuse_or_warn(error, self.options)
+        return Ruling(Verdict.UNPROVEN, reason=ruling.reason)
+
+    def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        lowering = lowerings.table().get(target)
+        if lowering is None:
+            result = super().call_function(target, args, kwargs)
+        else:
+            result = lowering(*args, **kwargs)
+        return torch.utils._pytree.tree_map_only(ir.TensorBox, _rounded_at_op, result)
+
+    def _check_no_unknown_kernel(self) -> None:
+        """A second look, at the lowered operations: no library kernel unless the user asked for it."""
+        if self.unproven or any(ruling.verdict is Verdict.UNPROVEN for ruling in self.rulings.values()):
+            return
+        for operation in self.operations:
+            if isinstance(operation, ir.ExternKernel) and not isinstance(operation, _HARMLESS_KERNELS):
+                raise BatchInvarianceError(
+                    f"the library kernel {getattr(operation, 'op_overload', None) or type(operation).__name__}",
+                    "its order of additions is unknown",
+                    "please report the graph: an op was admitted whose lowering calls a library",
+                )
+
+    def codegen(self) -> Any:
+        wrapper, kernels = super().codegen()
+        made = certificate.make(
+            self.module,
+            self.rulings,
+            self.unproven,
+            target=self._target(),
+            is_backward=bool(self.is_backward),
+        )
+        log.debug("%s", made)
+        source = _without_unused_library_import(wrapper.value)
+        return dataclasses.replace(wrapper, value=certificate.embed(source, made)), kernels
+
+    def _target(self) -> str:
+        return "cuda" if "cuda" in self.device_types else "cpu"
+
+
+def _without_unused_library_import(source: str) -> str:
+    """Inductor's wrapper imports the library kernels always; ours only where one is called."""
+    line = "from torch._inductor.select_algorithm import extern_kernels"
+    return source if "extern_kernels." in source else source.replace(line, "")
+
+
+#: Operations that move, assert or seed; none of them adds anything.
+_HARMLESS_KERNELS = (
+    ir.DeviceCopy,
+    ir.DynamicScalar,
+    ir.AssertScalar,
+    ir.InplaceCopyFallback,
+    ir.RandomSeeds,
+    ir.ConcatKernel,
+    ir.TemplateBuffer,
+)
+
+
+def _rounded_at_op(box: ir.TensorBox) -> ir.TensorBox:
+    """``box``, with a lazily computed bf16/fp16 value rounded where its op ends."""
+    storage = box.data
+    if not isinstance(storage, ir.StorageBox) or type(storage.data) is not ir.Pointwise:
+        return box
+    pointwise = storage.data
+    if pointwise.dtype not in _LOW_PRECISION or getattr(pointwise.inner_fn, "rounds", False):
+        return box
+
+    def inner_fn(index: Any) -> Any:
+        return rounded(pointwise.inner_fn(index), pointwise.dtype)
+
+    inner_fn.rounds = True  # type: ignore[attr-defined]
+    return ir.Pointwise.create(
+        device=pointwise.device, dtype=pointwise.dtype, inner_fn=inner_fn, ranges=list(pointwise.ranges)
+    )
+
+
+def refuse_or_warn(error: BatchInvarianceError, options: Options) -> None:
+    """Raise ``error``, or warn once where the user asked for stock lowerings."""
+    if options.unproven == "refuse":
+        raise error
+    _warn_once(str(error))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"UNPROVEN: {message}", stacklevel=2)

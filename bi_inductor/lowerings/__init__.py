@@ -1,0 +1,15 @@
+"""Canonical lowerings by op, looked up before Inductor's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+@functools.cache
+def table() -> dict[Any, Callable[..., Any]]:
+    """Op overload -> lowering. Built on first use, since importing Inductor's lowerings takes a second."""
+    from . import matmul
+
+    return dict(matmul.LOWERINGS)

@@ -1,0 +1,97 @@
+"""The canonical forms executed in plain torch: the specification that kernels are compared with, bit for bit.
+
+Written to be read, not to be fast. Every function takes float tensors on any device, computes in the
+accumulator dtype (fp32; fp64 for fp64) and returns the accumulator dtype unless said otherwise.
+
+``elementwise`` is where exp, log and div come from: torch itself, or any object with these attributes when the
+device's own elementwise results are to be fed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _reduced_last(x: Tensor, dim: int | Sequence[int] | None) -> Tensor:
+    """``x`` with the reduced dimensions moved last, in ascending logical order, and flattened row-major."""
+    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    reduced = sorted(d % x.ndim for d in dims) if x.ndim else []
+    kept = [d for d in range(x.ndim) if d not in reduced]
+    return x.permute(*kept, *reduced).reshape([x.shape[d] for d in kept] + [-1])
+
+
+def _tree(x: Tensor, combine: Callable[[Tensor, Tensor], Tensor], identity: float) -> Tensor:
+    """((x0 . x1) . (x2 . x3)) . ... over the last dimension, padded with ``identity`` to a power of two."""
+    length = max(1, x.shape[-1])
+    padded = 1 << (length - 1).bit_length()
+    x = torch.nn.functional.pad(x, (0, padded - x.shape[-1]), value=identity)
+    while x.shape[-1] > 1:
+        x = combine(x[..., 0::2], x[..., 1::2])
+    return x[..., 0]
+
+
+def tree_sum(x: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
+    """sum_i x_i: aligned binary tree of adjacent pairs, then ``+ 0.0`` (a total of -0.0 becomes 0.0)."""
+    return _tree(_reduced_last(_accumulator(x), dim), torch.add, 0.0) + 0.0
+
+
+def tree_prod(x: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
+    """prod_i x_i: aligned binary tree of adjacent pairs."""
+    return _tree(_reduced_last(_accumulator(x), dim), torch.mul, 1.0)
+
+
+def mean(x: Tensor, dim: int | Sequence[int] | None = None, *, elementwise: Any = torch) -> Tensor:
+    """tree_sum(x) / n."""
+    total = tree_sum(x, dim)
+    return elementwise.div(total, torch.full_like(total, _reduced_last(x, dim).shape[-1]))
+
+
+def var_mean(
+    x: Tensor,
+    dim: int | Sequence[int] | None = None,
+    *,
+    correction: float = 1,
+    elementwise: Any = torch,
+) -> tuple[Tensor, Tensor]:
+    """Two passes: mean by tree; then the tree of squared differences over max(0, n - correction)."""
+    flat = _reduced_last(_accumulator(x), dim)
+    average = mean(flat, -1, elementwise=elementwise)
+    difference = flat - average.unsqueeze(-1)
+    total = tree_sum(difference * difference, -1)
+    return elementwise.div(total, torch.full_like(total, max(0.0, flat.shape[-1] - correction))), average
+
+
+def softmax(x: Tensor, *, elementwise: Any = torch) -> Tensor:
+    """Over the last dimension: exact maximum, exp(x - max), divided by its tree sum."""
+    x = _accumulator(x)
+    numerator = elementwise.exp(x - x.amax(-1, keepdim=True))
+    return elementwise.div(numerator, tree_sum(numerator, -1).unsqueeze(-1).expand_as(numerator))
+
+
+def logsumexp(x: Tensor, *, elementwise: Any = torch) -> Tensor:
+    """Over the last dimension: log(tree_sum(exp(x - max))) + max, with an infinite max replaced by 0."""
+    x = _accumulator(x)
+    maximum = x.amax(-1, keepdim=True)
+    maximum = torch.where(maximum.abs() == torch.inf, torch.zeros_like(maximum), maximum)
+    return elementwise.log(tree_sum(elementwise.exp(x - maximum), -1)) + maximum.squeeze(-1)
+
+
+def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[M, K] @ [K, N] in fp64 steps: acc = round32(acc + a_k * b_k) for ascending k, exact products.
+
+    For fp32 operands this is a chain of fused multiply-adds up to double rounding, so it is a specification
+    of the order; bits are compared where products are exact in fp32 (bf16 and fp16 operands).
+    """
+    accumulator = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    for k in range(a.shape[1]):
+        product = a[:, k, None].double() * b[None, k, :].double()
+        accumulator = (accumulator.double() + product).float()
+    return accumulator

@@ -1,0 +1,1 @@
+"""Rewrites of the Dynamo graph that run before AOTAutograd."""

@@ -1,0 +1,179 @@
+"""``scaled_dot_product_attention`` as two matrix products around one softmax, for every shape and device.
+
+Stock dispatch picks flash, memory-efficient, cuDNN or math by shape. Here a query row is always::
+
+    s[j] = (sum_e q[e] * k[j, e]) * scale        e ascending, fp32, never rounded to the input dtype s[j] =
+    mask[j] ? s[j] : -inf                 or s[j] + mask[j], in fp32 p[j] = exp(s[j] - max_j s) / sum_j
+    exp(...)  exact maximum, tree sum in key order; 0 where every key is masked o[c] = round(sum_j
+    round(p[j]) * v[j, c])    j ascending, one accumulator
+
+with fp64 in place of fp32 for fp64 inputs. Rows meet nowhere, so a query gives the same bits alone, in a
+chunk and in a full prefill; masked keys add exact zeros at the tail, so padding changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bi_inductor.certificate import source_line
+from bi_inductor.errors import BatchInvarianceError
+from bi_inductor.ops import bmm_rounding, bmm_wide, composite
+from bi_inductor.passes.retarget import Retarget, argument
+
+_SCHEMA = (
+    "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor"
+)
+
+
+@composite(_SCHEMA)
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``query [..., H, L, E]``, ``key [..., Hk, S, E]``, ``value [..., Hv, S, Ev]`` -> ``[..., H, L, Ev]``.
+
+    Same arguments and meaning as ``torch.nn.functional.scaled_dot_product_attention``; without
+    ``enable_gqa`` all leading dims broadcast and may be absent. ``dropout_p`` must be 0 (see
+    :func:`_refusal`).
+    """
+    torch._check(dropout_p == 0.0, lambda: "dropout in attention has no canonical form")
+    torch._check(attn_mask is None or not is_causal, lambda: "attn_mask and is_causal exclude each other")
+    with autocast_applied(query, key, value, attn_mask) as (query, key, value, attn_mask):
+        safe_softmax = torch.ops.aten._safe_softmax.default
+        return attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, safe_softmax)[0]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    softmax: Callable[[Tensor, int], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The form above; returns the output and the fp32 (fp64) probabilities ``[..., H, L, S]``."""
+    leading, query, key, value = _align(query, key, value, enable_gqa)
+    scores = _grouped_product(query, key.transpose(-2, -1), bmm_wide)
+    scores = scores.reshape(*leading, *scores.shape[-2:]) * _scale(query, scale)
+    probabilities = softmax(_mask(scores, attn_mask, is_causal), -1)
+    rows = probabilities.reshape(*query.shape[:3], key.shape[2])
+    output = _grouped_product(rows, value, bmm_rounding)
+    return output.reshape(*leading, *output.shape[-2:]), probabilities
+
+
+@contextmanager
+def autocast_applied(*tensors: Tensor | None) -> Iterator[list[Any]]:
+    """As autocast treats this op: floats but fp64 take the autocast dtype, and inside it is off."""
+    device = tensors[0].device.type  # type: ignore[union-attr]
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        yield list(tensors)
+        return
+    dtype = torch.get_autocast_dtype(device)
+    eligible = (torch.float32, torch.float16, torch.bfloat16)
+    with torch.autocast(device, enabled=False):
+        yield [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
+
+
+def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Bring all three to ``[B, heads, rows, columns]`` with one B; ``heads`` differ only under
+    ``enable_gqa``.
+
+    Returns the leading shape of the result as well. Sizes are only multiplied and broadcast, never
+    compared, except for the size-1 rule of broadcasting itself.
+    """
+    kept = 3 if enable_gqa else 2
+    batch = torch.broadcast_shapes(*(t.shape[:-kept] for t in (query, key, value)))
+    aligned = []
+    for tensor in (query, key, value):
+        heads = tensor.shape[-3] if enable_gqa else 1
+        expanded = tensor.expand(*batch, *tensor.shape[-kept:])
+        aligned.append(expanded.reshape(math.prod(batch), heads, *tensor.shape[-2:]))
+    leading = (*batch, query.shape[-3]) if enable_gqa else batch
+    return leading, *aligned
+
+
+def _grouped_product(rows: Tensor, columns: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``rows [B, H, M, K]`` times ``columns [B, Hc, K, N]``, H a multiple of Hc, without repeating the
+    columns.
+
+    The H // Hc heads of one group become more rows of one product, ``[B * Hc, G * M, K]``: the same bits
+    per row.
+    """
+    batch, heads, height, inner = rows.shape
+    groups = columns.shape[1]
+    torch._check(heads % groups == 0, lambda: f"{groups} key/value heads do not divide {heads} query heads")
+    folded = rows.reshape(batch * groups, (heads // groups) * height, inner)
+    result = product(folded, columns.reshape(batch * groups, inner, columns.shape[-1]))
+    return result.reshape(batch, heads, height, columns.shape[-1])
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    # The head dim is a model's constant: a symbolic one is specialised, so that the scale is the same Python
+    # float in a static and in a dynamic graph.
+    return 1.0 / math.sqrt(int(query.shape[-1])) if scale is None else scale
+
+
+def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """``scores [..., L, S]`` with hidden keys at -inf; ``is_causal`` aligns to the top left, as in torch."""
+    if is_causal:
+        rows = torch.arange(scores.shape[-2], device=scores.device).unsqueeze(-1)
+        attn_mask = rows >= torch.arange(scores.shape[-1], device=scores.device)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, scores, -math.inf)
+    return scores + attn_mask.to(scores.dtype)
+
+
+def dropout_refusal(node: Node, op: str, remedy: str) -> BatchInvarianceError:
+    reason = "what is dropped for a query follows its slot in the batch and the number of keys"
+    return BatchInvarianceError(op, reason, remedy, source_line(node))
+
+
+def nested_refusal(node: Node, op: str) -> BatchInvarianceError | None:
+    """The error for a nested (jagged) first argument, or None for a plain tensor."""
+    value = argument(node, 0, "query")
+    if not (isinstance(value, Tensor) and value.is_nested):
+        return None
+    reason = "nested (jagged) inputs have no canonical form yet"
+    remedy = "pass padded tensors with a boolean mask: masked keys at the tail change no bit"
+    return BatchInvarianceError(op, reason, remedy, source_line(node))
+
+
+def _refusal(node: Node) -> BatchInvarianceError | None:
+    op = "scaled_dot_product_attention"
+    if argument(node, 4, "dropout_p", 0.0) != 0.0:
+        remedy = "pass dropout_p=0.0 (for inference: dropout_p=p if self.training else 0.0)"
+        return dropout_refusal(node, op, remedy)
+    return nested_refusal(node, op)
+
+
+ATTENTION = Retarget(
+    name="attention",
+    targets=frozenset(
+        {
+            torch.nn.functional.scaled_dot_product_attention,
+            torch._C._nn.scaled_dot_product_attention,
+            torch.ops.aten.scaled_dot_product_attention.default,
+        }
+    ),
+    replacement=scaled_dot_product_attention,
+    refuse=_refusal,
+)

@@ -1,0 +1,1 @@
+"""What emitted kernels import or inline."""

@@ -1,0 +1,119 @@
+"""Where Triton's interpreter differs from a GPU in more than speed, put right; to be used inside a worker only.
+
+libdevice    its functions are stubs that the compiler replaces and the interpreter does not: numpy's here
+bf16         fp32 to bf16 rounds to nearest even, as on a GPU; the interpreter truncates
+tl.reduce    by halving whole arrays instead of element by element, adjacent pairs first
+tl.dot       one rounded multiply-add after another in ascending k; the interpreter calls a library, in its
+             own order, and takes bf16 for integers
+tensors      of one element are integers where Python wants one; NumPy 2.4 refuses what Triton 3.6 does there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+#: The order of a sum does not depend on whose ``exp`` feeds it.
+_ELEMENTARY: dict[str, Callable[..., Any]] = {
+    **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "tanh")},
+    **{name: getattr(np, name) for name in ("sin", "cos", "floor", "ceil", "trunc", "isnan", "isinf", "abs")},
+    "fabs": np.abs,
+    "pow": np.power,
+    "rsqrt": lambda x: (1 / np.sqrt(x)).astype(x.dtype),
+    "nearbyint": np.rint,
+    "signbit": np.signbit,
+}
+
+
+def replacements() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, value) of everything to be replaced in this process."""
+    from torch._inductor.runtime import triton_helpers
+
+    libdevice = [(triton_helpers.libdevice, name, _of_tensors(f)) for name, f in _ELEMENTARY.items()]
+    return [
+        *libdevice,
+        (interpreter, "_convert_float", _convert_float),
+        (interpreter.ReduceOps, "generic_reduce", _reduce),
+        (interpreter.InterpreterBuilder, "create_dot", _chain_dot),
+        (interpreter, "_patch_lang_tensor", _patch_lang_tensor),
+    ]
+
+
+def _block(data: np.ndarray, scalar_type: Any) -> tl.tensor:
+    kind = tl.block_type(scalar_type, list(data.shape)) if data.ndim else scalar_type
+    return tl.tensor(interpreter.TensorHandle(data if data.ndim else data.reshape(1), scalar_type), kind)
+
+
+def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of numpy arrays as one of the interpreter's tensors and of Python scalars."""
+
+    def of_tensors(*operands: Any) -> tl.tensor:
+        first = next(x for x in operands if isinstance(x, tl.tensor))
+        scalar_type, number = first.dtype.scalar, first.handle.data.dtype.type
+        is_block = any(isinstance(x, tl.tensor) and x.type.is_block() for x in operands)
+        value = function(*(x.handle.data if isinstance(x, tl.tensor) else number(x) for x in operands))
+        value = np.asarray(value)
+        return _block(
+            value if is_block else value.reshape(()), tl.int1 if value.dtype == bool else scalar_type
+        )
+
+    return of_tensors
+
+
+_stock_convert_float = interpreter._convert_float
+
+
+def _convert_float(x: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+    """The bits of ``x`` converted between float types; fp32 to bf16 rounds to nearest even."""
+    if source == tl.float32 and target == tl.bfloat16:
+        rounded = torch.from_numpy(np.ascontiguousarray(x)).view(torch.float32).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(x.shape)
+    if source == tl.bfloat16 and target == tl.float32:
+        return x.view(np.uint16).astype(np.uint32) << 16
+    return _stock_convert_float(x, source, target, rounding_mode)
+
+
+def _reduce(self: interpreter.ReduceOps, operands: tuple[Any, ...]) -> list[tl.tensor]:
+    """``tl.reduce`` over a power of two of elements: ((x0 . x1) . (x2 . x3)) . ..., for all rows at once."""
+    scalar_types = [x.dtype.scalar for x in operands]
+    arrays = [x.handle.data for x in operands]
+    axis = self.axis if self.axis is not None else 0
+    arrays = [np.moveaxis(a if self.axis is not None else a.ravel(), axis, -1) for a in arrays]
+    while arrays[0].shape[-1] > 1:
+        halves = [a[..., 0::2] for a in arrays] + [a[..., 1::2] for a in arrays]
+        combined = self.combine_fn.fn(*(_block(h, t) for h, t in zip(halves, scalar_types * 2, strict=True)))
+        combined = combined if isinstance(combined, tuple) else (combined,)
+        arrays = [x.handle.data for x in combined]
+    totals = [a[..., 0] for a in arrays]
+    if self.keep_dims:
+        rank = len(operands[0].shape) - 1
+        totals = [np.expand_dims(t, axis if self.axis is not None else tuple(range(rank))) for t in totals]
+    return [_block(np.asarray(t), scalar_type) for t, scalar_type in zip(totals, scalar_types, strict=True)]
+
+
+def _as_double(handle: Any) -> np.ndarray:
+    """The numbers of a dot's operand; bf16 is kept as the upper 16 bits of an fp32."""
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return handle.data.astype(np.float64)
+
+
+def _chain_dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, imprecise: Any) -> Any:
+    """acc = round(acc + a[:, k] * b[k, :]) for ascending k; products of fp32 and narrower are exact."""
+    left, right, total = _as_double(a), _as_double(b), acc.data
+    for k in range(left.shape[1]):
+        total = (total.astype(np.float64) + left[:, k, None] * right[None, k, :]).astype(acc.data.dtype)
+    return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+
+_stock_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+    _stock_patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())

@@ -1,0 +1,216 @@
+"""Which op is what: one verdict per node of the lowered FX graph, unknown ops refused by name.
+
+INVARIANT   computes each output element from its own inputs, in one way: pointwise ops, views, gathers
+CANONICAL   has a sum whose order is a form of ``contract.py``
+DECLARED    a custom op the user vouches for
+UNPROVEN    stock lowering, because the user asked for it (``batchinv.unproven="warn"``)
+REFUSED     everything else
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from . import contract
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+class Verdict(enum.Enum):
+    """What is known about one op of a graph."""
+
+    INVARIANT = "INVARIANT"
+    CANONICAL = "CANONICAL"
+    DECLARED = "DECLARED"
+    UNPROVEN = "UNPROVEN"
+    REFUSED = "REFUSED"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ruling:
+    """A verdict with the form (CANONICAL) or the reason and remedy (REFUSED) behind it."""
+
+    verdict: Verdict
+    form: contract.Form | None = None
+    reason: str = ""
+    remedy: str = ""
+
+
+_REMEDY = (
+    "rewrite the line with ops that have a canonical form, keep it outside the compiled function, or compile "
+    'its stock lowering with options={"batchinv.unproven": "warn"}'
+)
+
+#: Data movement: each output element is one input element (or a constant), so nothing is added.
+_MOVEMENT = """
+    alias as_strided as_strided_copy _unsafe_view view view_copy reshape expand expand_copy permute permute_copy
+    t t_copy transpose transpose_copy select select_copy slice slice_copy squeeze squeeze_copy unsqueeze
+    unsqueeze_copy split split_with_sizes unbind unfold diagonal diagonal_copy
+    clone contiguous detach copy copy_ lift_fresh_copy cat stack repeat flip roll constant_pad_nd
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+    gather index _unsafe_index _unsafe_masked_index index_select embedding masked_fill where
+    select_scatter slice_scatter as_strided_scatter diagonal_scatter
+    full full_like zeros zeros_like ones ones_like empty empty_like empty_strided empty_permuted new_empty
+    new_full new_zeros new_ones new_empty_strided scalar_tensor arange eye tril triu tril_indices triu_indices
+    fill _to_copy pixel_shuffle pixel_unshuffle _assert_async _assert_scalar _assert_tensor_metadata
+    sym_size sym_stride sym_numel sym_storage_offset sym_constrain_range sym_constrain_range_for_size
+""".split()
+
+_MOVEMENT_PRIMS = """
+    convert_element_type broadcast_in_dim iota fma device_put collapse_view split_dim squeeze transpose
+    view_of empty_strided rev inductor_seed inductor_seeds inductor_lookup_seed
+    _low_memory_max_pool_with_offsets
+""".split()
+
+_FLOAT_SUMS = {
+    "sum": "sum",
+    "mean": "sum",
+    "prod": "prod",
+    "var": "sum",
+    "var_mean": "sum",
+    "std": "sum",
+    "std_mean": "sum",
+    "_softmax": "sum",
+    "_log_softmax": "sum",
+    "logsumexp": "sum",
+    "_softmax_backward_data": "sum",
+    "_log_softmax_backward_data": "sum",
+}
+_EXACT = {
+    "amax": "max",
+    "amin": "min",
+    "max": "max",
+    "min": "min",
+    "any": "any",
+    "all": "any",
+    "argmax": "argmax",
+    "argmin": "argmin",
+    "aminmax": "max",
+    "xor_sum": "xor_sum",
+}
+_MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "bmm_wide": (0, 1)}
+
+#: Pointwise for PyTorch, but their result has more than the element's own inputs behind it.
+_NOT_POINTWISE = frozenset({"bernoulli", "native_dropout", "rrelu_with_noise", "rrelu_with_noise_functional"})
+
+
+def _value(argument: Any) -> Any:
+    """The fake tensor behind an FX argument."""
+    return argument.meta.get("val") if isinstance(argument, Node) else argument
+
+
+def _length(sizes: Any) -> contract.Length:
+    """Product of sizes as an int or a sympy expression."""
+    product = sympy.sympify(
+        sympy.prod([size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes])
+    )
+    return int(product) if product.is_Integer else product
+
+
+def _reduced_length(x: torch.Tensor, dims: Any) -> contract.Length:
+    if dims is None or dims == []:
+        return _length(x.shape)
+    dims = [dims] if isinstance(dims, int) else dims
+    return _length([x.shape[d] for d in dims] if x.ndim else [])
+
+
+def _argument(node: Node, *names: str) -> Any:
+    """The value given for the first of ``names`` the op's schema knows, or its default."""
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name in names:
+            if argument.name in node.kwargs:
+                return node.kwargs[argument.name]
+            return node.args[position] if position < len(node.args) else argument.default_value
+    return None
+
+
+def _reduction_ruling(node: Node, combine: str) -> Ruling:
+    x = _value(node.args[0])
+    length = _reduced_length(x, _argument(node, "dim", "dims"))
+    dtype = _argument(node, "dtype") or x.dtype
+    return Ruling(Verdict.CANONICAL, contract.reduction_form(combine, length, dtype))
+
+
+def _matmul_ruling(node: Node, operands: tuple[int, int]) -> Ruling:
+    a = _value(node.args[operands[0]])
+    if a.dtype.is_complex or not a.dtype.is_floating_point:
+        return _refusal(f"matrix products of {a.dtype} have no canonical form")
+    tf32 = a.device.type == "cuda" and a.dtype == torch.float32 and _tf32_is_allowed()
+    return Ruling(Verdict.CANONICAL, contract.matmul_form(_length(a.shape[-1:]), a.dtype, tf32=tf32))
+
+
+def _tf32_is_allowed() -> bool:
+    from .templates.triton_matmul import tf32_is_allowed
+
+    return tf32_is_allowed()
+
+
+def _refusal(reason: str) -> Ruling:
+    return Ruling(Verdict.REFUSED, reason=reason, remedy=_REMEDY)
+
+
+def _is_pointwise(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+_SPECIAL: dict[str, Callable[[Node], Ruling]] = {}
+
+
+def _special(*names: str) -> Callable[[Callable[[Node], Ruling]], Callable[[Node], Ruling]]:
+    def register(rule: Callable[[Node], Ruling]) -> Callable[[Node], Ruling]:
+        _SPECIAL.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+@_special("index_put", "index_put_", "_unsafe_index_put")
+def _index_put(node: Node) -> Ruling:
+    if _argument(node, "accumulate"):
+        return _refusal("accumulating into repeated indices adds in the order in which threads arrive")
+    return _refusal("with repeated indices the last thread to arrive wins")
+
+
+@_special("inductor_random", "inductor_randint")
+def _drawn(node: Node) -> Ruling:
+    return Ruling(Verdict.CANONICAL, contract.Drawn(str(_value(node).dtype).removeprefix("torch.")))
+
+
+@_special("copy_")
+def _copy(node: Node) -> Ruling:
+    return Ruling(Verdict.INVARIANT)
+
+
+def rule(node: Node) -> Ruling:
+    """The ruling for one call_function node of a lowered (post-grad) graph."""
+    target = node.target
+    if target is operator.getitem or not isinstance(target, torch._ops.OpOverload):
+        return _rule_for_python(target)
+    name = target._schema.name.split("::")[1]
+    if name in _SPECIAL:
+        return _SPECIAL[name](node)
+    if name in _MATMULS:
+        return _matmul_ruling(node, _MATMULS[name])
+    if name in _FLOAT_SUMS or name in _EXACT:
+        return _reduction_ruling(node, _FLOAT_SUMS.get(name) or _EXACT[name])
+    known = _MOVEMENT_PRIMS if target.namespace in ("prims", "inductor_prims") else _MOVEMENT
+    if name in known or (_is_pointwise(target) and name not in _NOT_POINTWISE):
+        return Ruling(Verdict.INVARIANT)
+    if target.namespace not in ("aten", "prims", "inductor_prims"):
+        return _refusal("nothing is known about the order of additions in a custom op")
+    return _refusal("it has no canonical form yet")
+
+
+def _rule_for_python(target: Any) -> Ruling:
+    """Integer arithmetic on sizes and tuple access are invariant; higher-order ops are refused."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return _refusal("higher-order ops are not looked into yet")
+    return Ruling(Verdict.INVARIANT)

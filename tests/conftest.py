@@ -1,0 +1,76 @@
+"""What every test runs under: fresh caches, two CPU threads, Hypothesis profiles, ``gpu`` only with a GPU.
+
+The caches are set before torch is imported. A run that shared a cache with an earlier one could be served
+code that an older checkout generated; workers of pytest-xdist each import this file, so each has its own.
+"""
+
+import os
+import shutil
+import tempfile
+
+_CACHE = tempfile.mkdtemp(prefix="batchinv-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_CACHE, "inductor")
+os.environ["TRITON_CACHE_DIR"] = os.path.join(_CACHE, "triton")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# Compiling takes seconds and varies with the machine's load, so no example has a deadline.
+_COMPILING = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile(
+    "ci", max_examples=15, derandomize=True, database=None, print_blob=True, **_COMPILING
+)
+settings.register_profile("dev", max_examples=60, print_blob=True, **_COMPILING)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+_GPU_DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two threads even on one core: with one, a loop that is parallel where it must not be does not show.
+    torch.set_num_threads(2)
+    config.stash[_GPU_DESELECTED] = 0
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    without_gpu = [item for item in items if item.get_closest_marker("gpu") is None]
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if needing_gpu:
+        config.hook.pytest_deselected(items=needing_gpu)
+    items[:] = without_gpu
+    _record_deselected(config, len(needing_gpu))
+
+
+def _record_deselected(config: pytest.Config, count: int) -> None:
+    """Keep the count for the summary; a worker of pytest-xdist hands it to the process that prints."""
+    config.stash[_GPU_DESELECTED] = count
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["gpu_deselected"] = count
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """The end of one xdist worker; each collects all tests, so the counts are equal, not to be added."""
+    count = getattr(node, "workeroutput", {}).get("gpu_deselected", 0)
+    stash = node.config.stash
+    stash[_GPU_DESELECTED] = max(count, stash[_GPU_DESELECTED])
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    count = config.stash[_GPU_DESELECTED]
+    if count:
+        terminalreporter.write_line(
+            f"{count} tests marked gpu were deselected: this machine has no CUDA device"
+        )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """No compiled code, guard or automatic-dynamic decision of one test reaches the next."""
+    torch._dynamo.reset()

@@ -1,0 +1,145 @@
+"""C3 and C5: bits do not depend on how, when or for what a graph was compiled."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from devices import DEVICES, compiled, random_rows
+from torch.utils.checkpoint import checkpoint
+
+from bi_inductor.testing import changed_rows_over_batches, same_bits
+
+
+class Block(torch.nn.Module):
+    """A pre-norm transformer block: attention and a gated MLP, as people compile."""
+
+    def __init__(self, width=32, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = torch.nn.LayerNorm(width), torch.nn.RMSNorm(width)
+        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.up, self.down = torch.nn.Linear(width, 4 * width), torch.nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        rows, length, width = x.shape
+        parts = self.qkv(self.norm1(x)).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*parts.unbind(0), is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(rows, length, width))
+        gate, value = self.up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * value)
+
+
+def block(device, dtype):
+    torch.manual_seed(0)
+    return Block().to(device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_history_gives_the_same_bits(device, dtype):
+    model, x = block(device, dtype), random_rows(9, 11, 32, device=device, dtype=dtype)
+    results = {}
+    with torch.no_grad():
+        for name, first, dynamic in [
+            ("static", 9, False),
+            ("dynamic", 9, True),
+            ("small first", 2, None),
+            ("large first", 9, None),
+            ("one first", 1, None),
+        ]:
+            torch._dynamo.reset()
+            fn = compiled(model, dynamic=dynamic)
+            fn(x[:first])
+            results[name] = torch.cat([fn(x[:1]), fn(x[1:4]), fn(x[4:])])
+    for name, result in results.items():
+        assert same_bits(result, results["static"]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_forward_equals_inference(device, dtype):
+    model, x = block(device, dtype), random_rows(5, 11, 32, device=device, dtype=dtype)
+    with torch.no_grad():
+        inference = compiled(model)(x)
+    torch._dynamo.reset()
+    training = compiled(model)(x.requires_grad_(True))
+    assert training.requires_grad and same_bits(training, inference)
+    torch._dynamo.reset()
+    checkpointed = compiled(lambda x: checkpoint(model, x, use_reentrant=False))(x)
+    assert same_bits(checkpointed, inference)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_gradients_do_not_depend_on_the_batch(device, dtype):
+    model = compiled(block(device, dtype), dynamic=True)
+
+    def gradients(x):
+        x = x.clone().requires_grad_(True)
+        model(x).float().square().sum().backward()
+        return x.grad
+
+    x = random_rows(9, 11, 32, device=device, dtype=dtype)
+    changed = changed_rows_over_batches(gradients, [x], [1, 2, 3, 9])
+    assert not any(changed.values()), changed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weight_gradients_are_the_same_from_run_to_run(device):
+    def run():
+        torch._dynamo.reset()
+        model = block(device, torch.float32)
+        compiled(model)(random_rows(9, 11, 32, device=device)).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for a, b in zip(run(), run(), strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_do_not_change_bits(mode, device):
+    model, x = block(device, torch.float32), random_rows(5, 11, 32, device=device)
+    with torch.no_grad():
+        expected = compiled(model)(x).clone()
+        torch._dynamo.reset()
+        assert same_bits(compiled(model, mode=mode)(x), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_division_by_a_length_is_a_division(device):
+    """Static graphs see a constant divisor, dynamic ones a symbol."""
+    x = random_rows(64, 1000, device=device)
+
+    def fn(x):
+        return x / x.shape[-1], x.mean(-1), x * (1 / x.shape[-1])
+
+    static = compiled(fn, dynamic=False)(x)
+    torch._dynamo.reset()
+    for a, b in zip(static, compiled(fn, dynamic=True)(x), strict=True):
+        assert same_bits(a, b)
+    # A tensor as divisor: eager multiplies by 1 / 1000 on CUDA when the divisor is a number.
+    assert same_bits(static[0], x / torch.full_like(x, 1000))
+
+
+def test_a_warning_comes_before_dynamo_runs_eagerly():
+    def fn(x):
+        return x.sum(-1)
+
+    with torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False):
+        run = compiled(fn)
+        run(torch.ones(2, 2))
+        with pytest.warns(UserWarning, match="not batch-invariant"):
+            run(torch.ones(2, 3))
+    torch._dynamo.reset()
+    with (
+        torch._dynamo.config.patch(
+            recompile_limit=2, automatic_dynamic_shapes=False, fail_on_recompile_limit_hit=True
+        ),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", UserWarning)
+        run = compiled(fn)
+        run(torch.ones(2, 2))
+        run(torch.ones(2, 3))

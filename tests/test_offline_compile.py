@@ -1,0 +1,63 @@
+"""Emitted kernels go through ptxas for every GPU generation, and their sums stay sums after it."""
+
+import re
+
+import pytest
+import torch
+from inspected import REDUCTIONS, WIDTH, Block
+
+from bi_inductor import OptionError, inspect
+from bi_inductor.offline import compile_offline
+
+TARGETS = ["sm_80", "sm_90", "sm_100"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_model_compiles_to_cubins(target):
+    inspection = inspect(Block().bfloat16(), torch.randn(64, WIDTH).bfloat16(), target=target)
+    compiled = compile_offline(inspection, target)
+    assert [kernel.name for kernel in compiled] == list(inspection.kernels)
+    for kernel in compiled:
+        assert kernel.cubin[:4] == b"\x7fELF"
+        assert f".target {target}" in kernel.ptx
+        assert 0 < kernel.registers <= 255 and not kernel.spills
+        assert kernel.name in str(kernel)
+    assert any("mma" in kernel.ptx for kernel in compiled)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "name", ["sum inner", "sum outer", "sum all", "softmax", "layer_norm", "argmax", "prod"]
+)
+def test_reductions_compile_to_cubins(name, target):
+    for length in (300, 5000):
+        inspection = inspect(REDUCTIONS[name], torch.randn(100, length), target=target)
+        for kernel in compile_offline(inspection, target):
+            assert f".target {target}" in kernel.ptx
+            assert not kernel.spills, str(kernel)
+
+
+def test_no_multiply_is_contracted_into_an_addition():
+    inspection = inspect(lambda x, y: x * y + 1.5, torch.randn(64, 64), torch.randn(64, 64))
+    (kernel,) = compile_offline(inspection)
+    assert not re.search(r"\bfma\b", kernel.ptx)
+    assert re.search(r"\bmul", kernel.ptx) and re.search(r"\badd", kernel.ptx)
+
+
+def test_every_configuration_of_a_heuristic():
+    inspection = inspect(lambda x: x.sin() + 1, torch.randn(1000, 5000))
+    first, every = compile_offline(inspection), compile_offline(inspection, every_config=True)
+    assert len(every) > len(first) == 1
+    assert len({kernel.config for kernel in every}) == len(every)
+
+
+def test_sources_by_name_and_whole_modules():
+    inspection = inspect(lambda x: x.sum(-1), torch.randn(8, 64))
+    for form in (inspection.kernels, inspection.source):
+        (kernel,) = compile_offline(form)
+        assert kernel.name == next(iter(inspection.kernels))
+
+
+def test_unknown_target():
+    with pytest.raises(OptionError, match="known are"):
+        compile_offline({}, "sm_70")

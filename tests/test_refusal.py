@@ -1,0 +1,103 @@
+"""What has no canonical form is refused by name, with the user's line and a remedy; or marked UNPROVEN."""
+
+import traceback
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from devices import compiled
+
+import bi_inductor
+from bi_inductor import BatchInvarianceError
+
+
+def convolve(x):
+    return F.conv1d(x, torch.ones(2, 3, 3))  # the line the error has to name
+
+
+REFUSED = {
+    "convolution": (convolve, (torch.randn(2, 3, 9),)),
+    "cumsum": (lambda x: x.cumsum(-1), (torch.randn(2, 9),)),
+    "sort": (lambda x: x.sort(-1).values, (torch.randn(2, 9),)),
+    "fft": (lambda x: torch.fft.fft(x).abs(), (torch.randn(2, 9),)),
+    "index_put": (
+        lambda x, i: x.index_put((i,), x[:2], accumulate=True),
+        (torch.randn(4, 3), torch.tensor([1, 1])),
+    ),
+    "linalg": (torch.linalg.det, (torch.randn(2, 3, 3),)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    fn, arguments = REFUSED[name]
+    with pytest.raises(BatchInvarianceError) as caught:
+        compiled(lambda *a: fn(*a))(*arguments)
+    error = caught.value
+    assert error.op in str(error) and error.reason and "batchinv.unproven" in error.remedy
+
+
+def test_the_error_names_the_users_line():
+    with pytest.raises(BatchInvarianceError, match=r"test_refusal\.py:\d+: return F\.conv1d"):
+        compiled(convolve)(torch.randn(2, 3, 9))
+
+
+def test_its_traceback_leaves_out_the_compiler():
+    with pytest.raises(BatchInvarianceError) as caught:
+        compiled(convolve)(torch.randn(2, 3, 9))
+    assert len(traceback.extract_tb(caught.value.__traceback__)) <= 5
+
+
+def test_a_custom_op_is_refused():
+    @torch.library.custom_op("batchinv_tests::double", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    double.register_fake(torch.empty_like)
+    with pytest.raises(BatchInvarianceError, match="custom op"):
+        compiled(lambda x: double(x) + 1)(torch.ones(2))
+
+
+def test_unproven_compiles_the_stock_lowering_warns_once_and_says_so():
+    x = torch.randn(2, 3, 9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = compiled(convolve, options={"batchinv.unproven": "warn"})(x)
+        torch._dynamo.reset()
+        compiled(convolve, options={"batchinv.unproven": "warn"})(x)
+    torch.testing.assert_close(result, convolve(x))
+    assert sum("UNPROVEN" in str(warning.message) for warning in caught) == 1
+    assert bi_inductor.certificates()[-1].counts["UNPROVEN"] == 1
+
+
+def test_a_composite_that_is_let_through_is_unproven_too():
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    x = torch.randn(1, 2, 5, 8)
+    with pytest.raises(BatchInvarianceError, match="dropout"):
+        compiled(attend)(x)
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="UNPROVEN"):
+        compiled(attend, options={"batchinv.unproven": "warn"})(x)
+    assert bi_inductor.certificates()[-1].counts["UNPROVEN"] == 1
+
+
+def test_random_numbers_are_drawn_by_position_whatever_the_batch():
+    fn, x = compiled(lambda x: F.dropout(x, 0.5), dynamic=True), torch.randn(64, 9)
+    results = []
+    for rows in (64, 3, 2):
+        torch.manual_seed(5)
+        results.append(fn(x[:rows]))
+    assert torch.equal(results[0][:3], results[1]) and torch.equal(results[1][:2], results[2])
+    assert any(entry.form == "Drawn(float32)" for entry in bi_inductor.certificates()[-1].entries)
+
+
+def test_the_second_look_finds_a_library_kernel(monkeypatch):
+    """Guard: an op admitted by mistake, whose lowering calls a library, is still refused."""
+    from bi_inductor import verdicts
+
+    monkeypatch.setattr(verdicts, "_MOVEMENT", [*verdicts._MOVEMENT, "convolution"])
+    with pytest.raises(BatchInvarianceError, match="library kernel"):
+        compiled(convolve)(torch.randn(2, 3, 9))

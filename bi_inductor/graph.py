@@ -4,7 +4,8 @@ A GraphLowering of ours differs from Inductor's in four places:
     run             every node gets a ruling first; a refused one stops the compile by name
     call_function   our lowerings come before Inductor's
     its result      a bf16 or fp16 result is rounded at the op, whatever it is fused into
-    codegen         the certificate travels inside the generated source, so every cache carries it
+    codegen         the verifier reads the generated source before anybody gets it; the certificate travels
+                    inside it, so every cache carries it
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
 from torch.fx import Node
 
-from . import certificate, lowerings, verdicts
+from . import certificate, lowerings, verdicts, verifier
 from .errors import BatchInvarianceError
 from .lowerings.reductions import rounded
 from .options import Options
@@ -67,9 +68,13 @@ class BatchInvariantGraphLowering(GraphLowering):
             result = lowering(*args, **kwargs)
         return torch.utils._pytree.tree_map_only(ir.TensorBox, _rounded_at_op, result)
 
+    @property
+    def _has_unproven(self) -> bool:
+        return bool(self.unproven) or any(r.verdict is Verdict.UNPROVEN for r in self.rulings.values())
+
     def _check_no_unknown_kernel(self) -> None:
         """A second look, at the lowered operations: no library kernel unless the user asked for it."""
-        if self.unproven or any(ruling.verdict is Verdict.UNPROVEN for ruling in self.rulings.values()):
+        if self._has_unproven:
             return
         for operation in self.operations:
             if isinstance(operation, ir.ExternKernel) and not isinstance(operation, _HARMLESS_KERNELS):
@@ -89,8 +94,10 @@ class BatchInvariantGraphLowering(GraphLowering):
             is_backward=bool(self.is_backward),
         )
         log.debug("%s", made)
-        source = _without_unused_library_import(wrapper.value)
-        return dataclasses.replace(wrapper, value=certificate.embed(source, made)), kernels
+        source = certificate.embed(_without_unused_library_import(wrapper.value), made)
+        if not self._has_unproven:
+            verifier.check(source, made)
+        return dataclasses.replace(wrapper, value=source), kernels
 
     def _target(self) -> str:
         return "cuda" if "cuda" in self.device_types else "cpu"

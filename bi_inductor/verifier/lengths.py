@@ -1,0 +1,160 @@
+"""Lengths compared without a solver: every symbol gets fixed stand-in values, and equal lengths get equal values.
+
+A length is written as a form (``s33*s50``), as Python in the wrapper (``(15 + s33*s50) // 16``) and as C++ in a
+kernel (``static_cast<int64_t>(ks0*ks1)``). The stand-ins are products of small primes and one large factor of the
+symbol's own, so what shape analysis may have simplified under a divisibility guard still agrees, and lengths that
+differ by a symbol do not.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+import operator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from ..certificate import Entry
+
+#: What a length is under each set of stand-ins.
+Values: TypeAlias = tuple[int, ...]
+Names: TypeAlias = Mapping[str, Values | None]
+
+_SETS = 2
+_SMALL_PRIMES = 2**13 * 3**3 * 5**2 * 7 * 11
+_SYMBOL = re.compile(r"[su]\d+")
+_REDUCTION = re.compile(r"(Tree|Exact)\(\w+, ([^,]+), (.+)\)")
+_CHAIN = re.compile(r"Chain\(([\w/]+), (.+)\)")
+#: Forms whose kernels reduce no axis: what they add is written out, element by element.
+_WITHOUT_LENGTH = ("Drawn", "Scan", "Segments")
+
+
+def _exact_power(base: int, exponent: int) -> int:
+    if not 0 <= exponent <= 8:
+        raise ValueError(exponent)
+    return base**exponent
+
+
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: _exact_power,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "CeilDiv": lambda a, b: -(-a // b),
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": max,
+    "max": max,
+    "Min": min,
+    "min": min,
+}
+
+
+def stand_ins(symbol: str) -> Values:
+    """The values that stand for ``symbol``."""
+    return tuple(_SMALL_PRIMES * (2 * (zlib.crc32(f"{symbol}.{i}".encode()) >> 8) + 1) for i in range(_SETS))
+
+
+def constant(value: int) -> Values:
+    return (value,) * _SETS
+
+
+def is_constant(values: Values) -> bool:
+    return len(set(values)) == 1
+
+
+def ceil_div(length: Values, chunk: Values) -> Values:
+    return tuple(-(-a // b) for a, b in zip(length, chunk, strict=True))
+
+
+def product(lengths: Iterable[Values]) -> Values:
+    return tuple(math.prod(column) for column in zip(constant(1), *lengths, strict=True))
+
+
+def values_of(expression: ast.AST | str, names: Names | None = None) -> Values | None:
+    """The values of an expression, or None if it cannot be read. Names are looked up first, then symbols."""
+    try:
+        tree = ast.parse(expression, mode="eval").body if isinstance(expression, str) else expression
+        return tuple(_value(tree, names or {}, i) for i in range(_SETS))
+    except (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError):
+        return None
+
+
+def _value(node: ast.AST, names: Names, index: int) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name):
+        return _name(node.id, names, index)
+    if isinstance(node, ast.BinOp):
+        apply = _OPERATORS[type(node.op)]
+        return apply(_value(node.left, names, index), _value(node.right, names, index))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, names, index)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        return _FUNCTIONS[node.func.id](*(_value(argument, names, index) for argument in node.args))
+    raise ValueError(ast.dump(node))
+
+
+def _name(name: str, names: Names, index: int) -> int:
+    if name in names:
+        values = names[name]
+        if values is None:
+            raise LookupError(name)
+        return values[index]
+    if _SYMBOL.fullmatch(name):
+        return stand_ins(name)[index]
+    raise LookupError(name)
+
+
+def cpp_values_of(expression: str, names: Names) -> Values | None:
+    """``values_of`` for an index expression in C++."""
+    text = re.sub(r"\bstatic_cast<int64_t>|(?<=\d)L\b", "", expression)
+    text = re.sub(r"\b(?:c10::)?div_floor_integer\b", "FloorDiv", text)
+    return values_of(text.strip(), names)
+
+
+class Forms:
+    """Which lengths may be reduced, and how: the canonical forms of one kernel's ops, or of a whole graph.
+
+    ``trees``: (combine, length) of ordered sums and products; ``unordered``: the same where no order matters;
+    ``chains``: (accumulator, length) of matrix products.
+    """
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.trees: set[tuple[str, Values]] = set()
+        self.unordered: set[tuple[str, Values]] = set()
+        self.chains: set[tuple[str, Values]] = set()
+        #: True if a form or its length could not be read: then no claim is made about lengths.
+        self.is_open = False
+        for form in {entry.form for entry in entries} - {""}:
+            self._add(form)
+
+    def _add(self, form: str) -> None:
+        chain, reduction = _CHAIN.fullmatch(form), _REDUCTION.fullmatch(form)
+        length = _form_length(chain[2] if chain else reduction[3] if reduction else "?")
+        if form.startswith(_WITHOUT_LENGTH):
+            return
+        if length is None:
+            self.is_open = True
+        elif chain:
+            self.chains.add((chain[1], length))
+        elif reduction:
+            (self.trees if reduction[1] == "Tree" else self.unordered).add((reduction[2], length))
+
+    def lengths(self, combine: str) -> set[Values]:
+        """Lengths that ``combine`` runs over."""
+        return {length for kind, length in self.trees | self.unordered if kind == combine}
+
+
+@functools.cache
+def _form_length(expression: str) -> Values | None:
+    return values_of(expression)

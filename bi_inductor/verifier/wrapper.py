@@ -1,0 +1,164 @@
+"""What the generated module around the kernels may contain, and which sizes it passes to them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from ..certificate import Entry
+from .finding import Report
+from .lengths import Values, values_of
+from .triton_kernel import dotted
+
+#: Operators called by name that move or seed; every other call of a library is refused.
+LIBRARY_CALLS = frozenset(
+    """aten.copy_ aten.copy_.default aten.randint.low_out aten.set_.source_Tensor aten.view.dtype torch.device
+    torch.cuda._DeviceGuard torch.cuda.set_device torch.cuda.synchronize torch.cuda.current_stream torch.cuda.stream
+    torch.ops.inductor._reinterpret_tensor inductor_ops.accumulate_grad_ torch.empty_strided torch.Size
+    inductor_ops.resize_storage_bytes_ torch.Stream torch.Event""".split()
+)
+#: Operators with one possible answer for the dtypes their rulings admit, integers and sorted values.
+EXACT_CALLS = frozenset(
+    """torch.ops.aten.sort.stable torch.ops.aten.searchsorted.Tensor torch.ops.aten.bucketize.Tensor
+    torch.ops.aten.cumsum.default torch.ops.aten.cumprod.default""".split()
+)
+_LIBRARIES = (
+    "aten",
+    "extern_kernels",
+    "inductor_ops",
+    "prims",
+    "quantized_decomposed",
+    "torch",
+    "_quantized",
+)
+#: Parts of the module that only benchmarks call.
+_NOT_EXECUTED = ("benchmark_compiled_module", "get_args")
+#: Methods of tensors that compute nothing.
+_METHODS = frozenset(
+    "copy_ item size stride data_ptr numel storage_offset untyped_storage view is_contiguous".split()
+)
+_MAPPED = re.compile(r"#\s+\S+ => (.*)")
+
+
+@dataclasses.dataclass
+class Definition:
+    """A kernel of the module: its name, text, first line in the module, and the graph nodes behind it."""
+
+    name: str
+    text: str
+    line: int
+    is_triton: bool
+    nodes: frozenset[str] = frozenset()
+
+
+class Wrapper:
+    """The module, taken apart."""
+
+    def __init__(self, source: str, report: Report, entries: tuple[Entry, ...] = ()) -> None:
+        self.report, self.lines, self.entries = report, source.splitlines(), entries
+        self.module = ast.parse(source)
+        self.definitions: list[Definition] = []
+        #: Kernel name -> positional arguments of each call of it.
+        self.calls: dict[str, list[list[ast.expr]]] = {}
+        self.sizes: dict[str, Values | None] = {}
+        for statement in self.module.body:
+            if not self._define(statement):
+                self._read(statement)
+
+    def _define(self, statement: ast.stmt) -> bool:
+        call = getattr(statement, "value", None)
+        if not (isinstance(call, ast.Call) and dotted(call.func).startswith("async_compile.")):
+            return False
+        strings = [a for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        if strings:
+            text = max(strings, key=lambda constant: len(str(constant.value)))
+            name = (
+                dotted(statement.targets[0]) if isinstance(statement, ast.Assign) else str(strings[0].value)
+            )
+            self.definitions.append(
+                Definition(
+                    name,
+                    str(text.value),
+                    text.lineno,
+                    "triton" in dotted(call.func),
+                    self._nodes_above(statement),
+                )
+            )
+        return bool(strings)
+
+    def _nodes_above(self, statement: ast.stmt) -> frozenset[str]:
+        """Graph nodes that the comment above a kernel maps to it."""
+        nodes: set[str] = set()
+        for line in reversed(self.lines[: statement.lineno - 1]):
+            if not line.startswith("#"):
+                break
+            match = _MAPPED.match(line)
+            if match:
+                nodes |= {name.strip() for name in match[1].split(",")}
+        return frozenset(nodes)
+
+    def _read(self, top: ast.stmt) -> None:
+        for node in _executed(top):
+            if isinstance(node, ast.Call):
+                self._read_call(node)
+            elif (
+                isinstance(node, ast.Assign)
+                and len(node.targets) == 1
+                and isinstance(node.targets[0], ast.Name)
+            ):
+                self._read_size(node.targets[0].id, node.value)
+            elif isinstance(node, ast.alias) and "extern_kernels" in (node.name, node.asname):
+                self._note("extern", node)
+
+    def _read_size(self, name: str, value: ast.expr) -> None:
+        if isinstance(value, (ast.BinOp, ast.Constant, ast.Name)) and not re.fullmatch(r"[su]\d+", name):
+            values = values_of(value, self.sizes)
+            known = self.sizes.setdefault(name, values)
+            if known != values:
+                self.sizes[name] = None
+
+    def _read_call(self, node: ast.Call) -> None:
+        name = dotted(node.func)
+        root, _, rest = name.partition(".")
+        if rest == "run" or (not rest and name):
+            self.calls.setdefault(root, []).append(node.args)
+        elif root in _LIBRARIES:
+            if name not in LIBRARY_CALLS and not (name in EXACT_CALLS and self._is_exact(name)):
+                self._note("extern", node)
+        elif isinstance(node.func, ast.Attribute) and _is_tensor_method(node.func.attr):
+            self._note("extern", node)
+
+    def _note(self, rule: str, node: ast.AST) -> None:
+        self.report.add(rule, node.lineno, self.lines[node.lineno - 1])  # type: ignore[attr-defined]
+
+    def _is_exact(self, name: str) -> bool:
+        """True if the ruling on every op of this name was that no order can change its result."""
+        op = name.removeprefix("torch.ops.")
+        verdicts = {
+            e.verdict == "INVARIANT" or e.form.startswith("Exact(") for e in self.entries if e.op == op
+        }
+        return verdicts == {True}
+
+    def arguments(self, definition: Definition, parameters: list[str]) -> Iterator[dict[str, Values | None]]:
+        """What each call of a kernel passes for ``parameters``; nothing where Python does not call it."""
+        for arguments in self.calls.get(definition.name, []):
+            yield {
+                name: values_of(argument, self.sizes)
+                for name, argument in zip(parameters, arguments, strict=False)
+            }
+
+
+def _executed(top: ast.stmt) -> Iterator[ast.AST]:
+    if isinstance(top, ast.FunctionDef) and top.name in _NOT_EXECUTED:
+        return
+    if isinstance(top, ast.If):  # if __name__ == "__main__"
+        return
+    yield from ast.walk(top)
+
+
+def _is_tensor_method(name: str) -> bool:
+    import torch
+
+    return hasattr(torch.Tensor, name) and name not in _METHODS

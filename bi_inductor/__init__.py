@@ -13,9 +13,12 @@ _PUBLIC = {
     "Inspection": "inspection",
     "MissingDependencyError": "errors",
     "OptionError": "errors",
+    "OrderError": "errors",
+    "SumTree": "sum_tree",
     "assert_batch_invariant": "testing",
     "certificates": "certificate",
     "inspect": "inspection",
+    "reveal_order": "orders",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -1,7 +1,7 @@
 """Command line: ``python -m bi_inductor`` (installed as ``batchinv``).
 
-Exit codes: 0 done; 1 the function is not batch-invariant (refused, or its fingerprints differ); 2 the command
-cannot be carried out as given (one line on stderr says why).
+Exit codes: 0 done; 1 the function is not batch-invariant (refused, or its fingerprints or orders differ); 2 the
+command cannot be carried out as given (one line on stderr says why).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bi_inductor import __version__
+from bi_inductor import __version__, order_command
 from bi_inductor.errors import BatchInvarianceError, MissingDependencyError, OptionError
 
 _INSPECT_EXAMPLE = """example:
@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--target", default="sm_90", help="cpu, sm_80, sm_86, sm_89, sm_90 or sm_100")
     inspect.add_argument("--dynamic", action="store_true", help="compile with dynamic shapes")
     inspect.add_argument("--backward", action="store_true", help="training: forward and backward graphs")
+    order = command(
+        "order", _order, "Measure and draw the order in which sums are added.", order_command.EXAMPLE
+    )
+    order_command.add_arguments(order)
     command("versions", _versions, "Show the versions that results depend on.", _VERSIONS_EXAMPLE)
     return parser
 
@@ -114,6 +118,15 @@ def _inspect(options: argparse.Namespace) -> int:
             ) from error
     _show(inspections, as_json=options.json)
     return 0 if len({inspection.fingerprint for inspection in inspections.values()}) == 1 else 1
+
+
+def _order(options: argparse.Namespace) -> int:
+    batches = _batches(options.batch)
+    try:
+        with _quiet_torch():
+            return order_command.run(options, batches)
+    except (ValueError, OSError) as error:  # an argument, a sum that has no one order, a file
+        raise CommandError(_one_line(error)) from error
 
 
 @contextlib.contextmanager

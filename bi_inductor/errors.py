@@ -31,6 +31,10 @@ class OptionError(ShortenTraceback, ValueError):
         super().__init__(message, first_useful_frame=None)  # type: ignore[call-arg]
 
 
+class OrderError(ValueError):
+    """``reveal_order`` was given a function whose answers fit no order of additions; the message says which."""
+
+
 class MissingDependencyError(ImportError):
     """Something that needs an optional package was asked for without it; the message names the package."""
 

@@ -7,7 +7,7 @@ C++ kernel line by line; it asks no part of the code generator what was meant. W
     reduction, accumulation              a float sum outside the ordered helpers
     ordered                              an ordered helper that is not called as its form needs
     atomic, extern                       an atomic operation; a library kernel
-    loop, axis                           a loop that is not 0, step, 2 step, ...; a reduced axis walked another way
+    loop, axis, order                    a loop that is not 0, step, 2 step, ...; elements or chunks in another order
     block, length                        a block, chunk, reduced length or K that is not the form's
     dot, precision                       a matrix product that is not one chain of the form's kind
     division, flags, settings, launch    rounding that is not pinned; a launch that shares sums between programs
@@ -19,11 +19,15 @@ reads element i of the row is the business of the tests.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
+
 from ..certificate import Certificate, Entry, extract
 from ..errors import BatchInvarianceError
 from .cpp_kernel import CppKernel
+from .cpp_module import CppModule
 from .finding import Finding, Report
-from .lengths import Forms, Values
+from .lengths import Forms, Names, Values
 from .triton_kernel import TritonKernel
 from .wrapper import Definition, Wrapper
 
@@ -52,16 +56,21 @@ def verify(source: str, certificate: Certificate | None = None) -> tuple[Finding
         else:
             graph.check_cpp(definition, wrapper, report)
         findings += report.findings
+    if wrapper.cpp:
+        findings += graph.check_cpp_module(*wrapper.cpp)
     return tuple(sorted(findings, key=lambda finding: finding.line))
 
 
 class _Graph:
-    """What the kernels of one graph have in common: its forms and the chunks its sums were cut into."""
+    """What the kernels of one graph have in common: its forms, and how many chunks its sums were cut into.
+
+    A kernel's own forms are those of the ops that the comment above it names; without any, all of the graph's.
+    """
 
     def __init__(self, entries: tuple[Entry, ...] | None) -> None:
         self.entries = entries
         self.forms = Forms(entries or ())
-        self.derived: set[Values] = set()
+        self.chunks: set[Values] = set()
         self.disable_ftz: set[object] = set()
 
     def check_triton(self, definition: Definition, wrapper: Wrapper, report: Report) -> None:
@@ -71,25 +80,37 @@ class _Graph:
             report.add("parse", error.lineno or 1, str(error))
             return
         kernel.check()
-        self.disable_ftz.add(getattr(kernel, "disable_ftz", None))
+        flush = kernel.flags.get("disable_ftz")
+        self.disable_ftz.add(flush and flush.value)
         if len(self.disable_ftz) > 1:
-            report.add("flags", 1, "disable_ftz differs between the kernels of one graph")
-        if self.entries is not None and kernel.function is not None:
-            forms = self._forms_of(definition)
+            kernel.note("flags", flush, "disable_ftz differs between the kernels of one graph")
+        if self.entries is not None:
+            own = [entry for entry in self.entries if entry.name in definition.nodes] or self.entries
+            forms = Forms(own)
+            has_flip = any(entry.op.startswith(("aten.flip", "prims.rev")) for entry in own)
             for arguments in list(wrapper.arguments(definition, kernel.parameters)) or [{}]:
-                kernel.check_lengths(forms, self.derived, arguments)
+                kernel.check_lengths(forms if forms.are_any else self.forms, self.chunks, arguments, has_flip)
 
     def check_cpp(self, definition: Definition, wrapper: Wrapper, report: Report) -> None:
         kernel = CppKernel(definition.text, report)
+        self._check_cpp_kernel(kernel, wrapper.arguments(definition, kernel.parameters))
+
+    def _check_cpp_kernel(self, kernel: CppKernel, calls: Iterable[Names]) -> None:
         kernel.check()
         if self.entries is not None:
-            for arguments in list(wrapper.arguments(definition, kernel.parameters)) or [{}]:
+            for arguments in list(calls) or [{}]:
                 kernel.check_lengths(self.forms, arguments)
 
-    def _forms_of(self, definition: Definition) -> Forms:
-        """Forms of the ops a kernel was made from, as the comment above it says; else those of the graph."""
-        own = Forms(entry for entry in self.entries or () if entry.name in definition.nodes)
-        return own if own.trees or own.chains or own.unordered else self.forms
+    def check_cpp_module(self, text: str, line: int) -> list[Finding]:
+        """Findings in the C++ of a module with a C++ wrapper."""
+        module = CppModule(text, line, Report("wrapper"))
+        module.check()
+        findings = module.report.findings
+        for name, source in module.kernels:
+            kernel = CppKernel(source, Report(name, module.line_of(source)), with_runtime=False)
+            self._check_cpp_kernel(kernel, module.arguments(name, kernel.parameters))
+            findings += kernel.report.findings
+        return findings
 
 
 def verify_settings() -> tuple[Finding, ...]:
@@ -99,10 +120,10 @@ def verify_settings() -> tuple[Finding, ...]:
     from ..options import required_patches
 
     report = Report("settings")
-    values = config.get_config_copy()
     for name, wanted in required_patches().items():
-        if values[name] != wanted:
-            report.add("settings", 1, f"{name} = {values[name]!r}, not {wanted!r}")
+        value = operator.attrgetter(name)(config)
+        if value != wanted:
+            report.add("settings", 1, f"{name} = {value!r}, not {wanted!r}")
     return tuple(report.findings)
 
 

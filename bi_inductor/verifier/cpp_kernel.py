@@ -33,10 +33,17 @@ _ACCUMULATOR = re.compile(
     r"batchinv::(?P<kind>Stream|Lanes)<.*, batchinv::(?P<operator>Add|Multiply)>(?P<blocks>::Blocks)? (?P<name>\w+)"
 )
 _PUSH = re.compile(r"(?P<name>\w+?)(?:_arr\[[^\]]+\])?\.push\((?P<value>\w+)(?:, (?P<length>.+))?\);")
+#: The lines that may name an ordered accumulator, besides a push.
+_ORDERED = re.compile(
+    r"batchinv::(?:Stream|Lanes)<.*>(?:::Blocks)? (?P<name>\w+_ordered)(?:_arr|_blocks)?(?:\[\d+\]|\((?P=name)_blocks\))?;"
+    r"|auto \w+ = \w+_ordered(?:_arr\[.+\])?\.total\(\);"
+    r"|for \(int i = 0; i < \d+; i\+\+\) (?P<array>\w+_ordered)_arr\[i\] = batchinv::.*\((?P=array)_blocks\[i\]\);"
+)
 _DECLARATION = re.compile(r"(?P<type>[\w:]+(?:<[^=();]*>)?) (?P<name>tmp_acc\w*)(?:\[\w+\]|_arr\[\d+\])? = ")
 _UPDATE = re.compile(
     r"(?P<name>[A-Za-z_]\w*)(?P<subscript>\[.*?\])? (?P<operator>[-+*/|&^]?)= (?P<value>.+);"
 )
+_BRACES = re.compile(r"\{[^{}]*\}")
 _ATOMIC = re.compile(r"\batomic_\w+|\bstd::atomic\b|\b__atomic\w+|\b__sync_\w+|\bfetch_add\b")
 #: What Inductor declares in every kernel, and adds nothing: a flag for integer divisions by zero.
 _DIVISION_FLAG = "std::atomic<int> inductor_cpu_integer_div_error{0};"
@@ -79,8 +86,9 @@ _ALLOWED |= {"at": frozenset(["BFloat16", "Half"]), "bi_gemm": frozenset(["run"]
 _REDUCTIONS = re.compile(
     r"cascade_sum|welford|reduce_add|vec_reduce_all|accumulate|inner_product|transform_reduce|cumsum"
 )
-_LIBRARY = re.compile(
-    r"\b(?:at::native|mkl\w*|cblas_\w+|mkldnn\w*|onednn\w*|dnnl\w*|cpp_gemm\w*|aoti_torch_c\w+|[sd]gemm_?)\b"
+LIBRARY = re.compile(
+    r"\b(?:at::native|mkl\w*|cblas_\w+|mkldnn\w*|onednn\w*|dnnl\w*|cpp_gemm\w*|[sd]gemm_?)\b"
+    r"|\baoti_torch_(?!cpu_randint_low_out)(?:(?:cpu|cuda)_\w+|proxy_executor\w*)"
 )
 
 
@@ -96,12 +104,15 @@ class _Loop:
 
 
 class CppKernel:
-    """One kernel: ``source`` is the string that ``async_compile.cpp_pybinding`` was given."""
+    """One kernel: ``source`` is the string that ``async_compile.cpp_pybinding`` was given.
 
-    def __init__(self, source: str, report: Report) -> None:
+    ``with_runtime``: false for the text of one function, whose runtime stands elsewhere.
+    """
+
+    def __init__(self, source: str, report: Report, with_runtime: bool = True) -> None:
         self.report = report
         self.is_product = "bi_gemm::" in source
-        self.text, self.skipped = self._without_runtime(source)
+        self.text, self.skipped = self._without_runtime(source) if with_runtime else (source, 0)
         self.lines = self.text.splitlines()
         signature = re.search(r"\bvoid\s+\w+\(([^)]*)\)", self.text)
         names = (
@@ -151,9 +162,11 @@ class CppKernel:
         if line.startswith("#"):
             self._check_directive(number, line)
             return
+        if not _is_one_statement(line):
+            self._note("statement", number)
         if _ATOMIC.search(line) and line != _DIVISION_FLAG:
             self._note("atomic", number)
-        if _LIBRARY.search(line):
+        if LIBRARY.search(line):
             self._note("extern", number)
         if re.search(r"\b(?:for|while|goto)\b", line):
             self._check_loop(number, line)
@@ -165,9 +178,11 @@ class CppKernel:
                 match["operator"],
                 len(self._loops),
             )
-        push = _PUSH.search(line)
+        push = _PUSH.fullmatch(line)
         if push:
             self._check_push(number, push)
+        elif "_ordered" in line and not _ORDERED.fullmatch(line):
+            self._note("ordered", number)
         self._check_update(number, line)
 
     def _check_directive(self, number: int, line: str) -> None:
@@ -213,6 +228,8 @@ class CppKernel:
     def _check_calls(self, number: int, line: str) -> None:
         for match in _CALL.finditer(line):
             namespace, _, name = match["name"].rpartition("::")
+            if line.startswith('extern "C"'):
+                continue
             if name in _ALLOWED.get(namespace, ()) or (not namespace and self._is_local(name)):
                 continue
             if namespace.startswith("at::vec::") and name in ("loadu", "from", "blendv", "arange", "set"):
@@ -220,7 +237,7 @@ class CppKernel:
             if namespace.startswith(("std::numeric_limits", "std::array")) or name in ("push", "total"):
                 continue
             rule = "reduction" if _REDUCTIONS.search(name) else "call"
-            if not _LIBRARY.search(line) and not (_ATOMIC.search(line) and line != _DIVISION_FLAG):
+            if not LIBRARY.search(line) and not (_ATOMIC.search(line) and line != _DIVISION_FLAG):
                 self._note(rule, number, f"{match['name']}: {line}")
         if "vec_reduce_all" in line and "vec_reduce_all<" in line.split("at::vec::", 1)[-1]:
             self._check_lanes(number, line)
@@ -288,3 +305,13 @@ class CppKernel:
         k = arguments.get("k") if self.is_product else None
         if k is not None and k not in {length for _, length in forms.chains}:
             self._note("length", 1, "no form of this graph is a chain of this K")
+
+
+def _is_one_statement(line: str) -> bool:
+    """True if at most one statement stands on ``line``, next to the head of a loop and the bodies of lambdas."""
+    head = _FOR.match(line)
+    rest = line[head.end() :] if head else line
+    while "{" in rest and _BRACES.search(rest):
+        rest = _BRACES.sub("", rest)
+    _, _, second = rest.partition(";")
+    return not second.strip() or second.strip() == "}"

@@ -150,6 +150,11 @@ class Forms:
         elif reduction:
             (self.trees if reduction[1] == "Tree" else self.unordered).add((reduction[2], length))
 
+    @property
+    def are_any(self) -> bool:
+        """True if there is a form that reduces something."""
+        return bool(self.trees or self.unordered or self.chains or self.is_open)
+
     def lengths(self, combine: str) -> set[Values]:
         """Lengths that ``combine`` runs over."""
         return {length for kind, length in self.trees | self.unordered if kind == combine}

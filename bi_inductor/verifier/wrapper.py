@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from ..certificate import Entry
 from .finding import Report
 from .lengths import Values, values_of
-from .triton_kernel import dotted
+from .syntax import dotted
 
 #: Operators called by name that move or seed; every other call of a library is refused.
 LIBRARY_CALLS = frozenset(
     """aten.copy_ aten.copy_.default aten.randint.low_out aten.set_.source_Tensor aten.view.dtype torch.device
     torch.cuda._DeviceGuard torch.cuda.set_device torch.cuda.synchronize torch.cuda.current_stream torch.cuda.stream
     torch.ops.inductor._reinterpret_tensor inductor_ops.accumulate_grad_ torch.empty_strided torch.Size
-    inductor_ops.resize_storage_bytes_ torch.Stream torch.Event""".split()
+    inductor_ops.resize_storage_bytes_ torch.Stream torch.Event torch.tensor
+    torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
+    """.split()
 )
 #: Operators with one possible answer for the dtypes their rulings admit, integers and sorted values.
 EXACT_CALLS = frozenset(
@@ -63,12 +65,16 @@ class Wrapper:
         #: Kernel name -> positional arguments of each call of it.
         self.calls: dict[str, list[list[ast.expr]]] = {}
         self.sizes: dict[str, Values | None] = {}
+        #: Text and first line of the C++ that a module with a C++ wrapper holds.
+        self.cpp: tuple[str, int] | None = None
         for statement in self.module.body:
             if not self._define(statement):
                 self._read(statement)
 
     def _define(self, statement: ast.stmt) -> bool:
         call = getattr(statement, "value", None)
+        if isinstance(call, ast.Constant) and "inductor_entry_impl" in str(call.value):
+            self.cpp = str(call.value), call.lineno
         if not (isinstance(call, ast.Call) and dotted(call.func).startswith("async_compile.")):
             return False
         strings = [a for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]

@@ -8,6 +8,10 @@ kernels that compute them under any schedule.
            row-major index of the reduced dimensions, padded with the identity to a power of two.
            Every aligned stretch of 2**k elements is a subtree, so any power-of-two block, any split at
            such a border and any looped or persistent schedule computes the same form.
+    SEGMENTS  scatter_add, index_put, gradients of gathers: per destination, the TREE over its contributions in
+           source order.
+    SCAN   cumsum, cumprod: a prefix of m elements is the left-to-right fold of the aligned blocks of m's
+           binary digits, highest first, each a TREE. It depends on m alone, not on the length.
     CHAIN  matrix products: one accumulator per output element, k ascending from 0.
     EXACT  max, min, any, all, arg*, integer sums: no order can change the result.
     DRAWN  random numbers: by seed and position.
@@ -46,6 +50,20 @@ class Tree(Form):
 
     combine: str
     length: Length
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments(Form):
+    """Per destination, the TREE over the contributions it receives, in source order; sums end with ``+ 0.0``."""
+
+    combine: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan(Form):
+    """Prefix of m elements: fold of the aligned blocks of m's binary digits, each a TREE; sums end ``+ 0.0``."""
+
+    combine: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Operators of our own in the ``bi_inductor`` namespace.
 
-``bmm_wide`` is a primitive that the lowerings know. ``bmm_rounding`` exists for its gradient alone: the
-decomposition table turns it into ordinary ops. Everything registered through :func:`composite` is only a name
-for a few plain torch ops: the dispatcher expands it before autograd, so AOTAutograd never sees it, but an FX
-graph that holds it stays cacheable and prints readably.
+``bmm_wide``, ``segment_tree``, ``block_scan``, ``row_major`` and ``store_rows`` are primitives that the
+lowerings know.
+``bmm_rounding`` exists for its gradient alone: the decomposition table turns it into ordinary ops. Everything
+registered through :func:`composite` is only a name for a few plain torch ops: the dispatcher expands it before
+autograd, so AOTAutograd never sees it, but an FX graph that holds it stays cacheable and prints readably.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,3 +128,120 @@ for _op, _backward in ((bmm_wide, _bmm_wide_backward), (bmm_rounding, _bmm_round
     _name = _op._schema.name
     torch.library.register_autograd(_name, _backward, setup_context=_save_operands, lib=_LIBRARY)
     torch.library.register_vmap(_name, _mapped(_op), lib=_LIBRARY)
+
+
+# ---------------------------------------------------------------- segments, prefixes and rows
+
+SEGMENT_COMBINES = ("sum", "prod", "amax", "amin")
+
+
+def combine_identity(combine: str, dtype: torch.dtype) -> float | int:
+    """The value that changes nothing: 0, 1, the lowest or the highest of ``dtype``."""
+    if combine in ("sum", "prod"):
+        identity = 0 if combine == "sum" else 1
+        return float(identity) if dtype.is_floating_point else identity
+    if dtype.is_floating_point:
+        return -torch.inf if combine == "amax" else torch.inf
+    limits = torch.iinfo(dtype)
+    return limits.min if combine == "amax" else limits.max
+
+
+_EAGER_COMBINE = {"sum": torch.add, "prod": torch.mul, "amax": torch.maximum, "amin": torch.minimum}
+
+_LIBRARY.define("segment_tree(Tensor values, Tensor start, Tensor end, str combine, int bits) -> Tensor")
+_LIBRARY.define("block_scan(Tensor x, int dim, str combine, int bits) -> Tensor")
+_LIBRARY.define("row_major(Tensor x, SymInt[] shape) -> Tensor")
+_LIBRARY.define("store_rows(Tensor base, Tensor rows, Tensor values) -> Tensor")
+
+segment_tree = torch.ops.bi_inductor.segment_tree.default
+"""``segment_tree(values [T, D], start [T], end [T], combine, bits) -> [T, D]`` in the accumulator's dtype.
+
+Rows p with equal ``start[p]`` are one segment ``start[p] ... end[p] - 1``. Its first row receives the aligned
+tree of adjacent pairs over its rows; other rows are unspecified. ``bits``: tree levels, 2**bits >= every
+segment's length.
+"""
+
+block_scan = torch.ops.bi_inductor.block_scan.default
+"""``block_scan(x, dim, combine, bits) -> `` like x in the accumulator's dtype: inclusive prefixes along ``dim``.
+
+A prefix of m elements is the left-to-right fold of the aligned blocks of m's binary digits, highest first, each
+block a tree of adjacent pairs. It depends on m alone, not on the length. ``bits``: digits of the length.
+"""
+
+row_major = torch.ops.bi_inductor.row_major.default
+"""``row_major(x, shape)``: the elements of ``x`` in row-major order, as a tensor of ``shape``.
+
+A reshape that does not ask whether sizes divide each other: products of dynamic sizes cannot always be told to.
+"""
+
+store_rows = torch.ops.bi_inductor.store_rows.default
+"""``store_rows(base [V, D], rows [T], values [T, D]) -> [V, D]``: base with ``out[rows[t]] = values[t]``.
+
+Where a row occurs twice its values must have the same bits: then no order of the stores can be seen.
+"""
+
+
+@torch.library.impl(_LIBRARY, "segment_tree", "CompositeExplicitAutograd")
+def _segment_tree_eager(values: Tensor, start: Tensor, end: Tensor, combine: str, bits: int) -> Tensor:
+    values = values.to(wide_dtype(values.dtype))
+    identity = torch.full_like(values[:1], combine_identity(combine, values.dtype))
+    rows = torch.arange(len(values), device=values.device)
+    for bit in range(bits):
+        partner = rows + (1 << bit)
+        inside = (partner < end)[:, None]
+        other = torch.where(inside, values[partner.clamp(max=len(values) - 1)], identity)
+        values = _EAGER_COMBINE[combine](values, other)
+    return values
+
+
+@torch.library.impl(_LIBRARY, "block_scan", "CompositeExplicitAutograd")
+def _block_scan_eager(x: Tensor, dim: int, combine: str, bits: int) -> Tensor:
+    level = x.to(wide_dtype(x.dtype)).movedim(dim, -1)
+    count = torch.arange(1, x.shape[dim] + 1, device=x.device)
+    identity = torch.full_like(level, combine_identity(combine, level.dtype))
+    taken = []
+    for bit in range(bits):
+        first = (count >> (bit + 1)) * 2
+        present = (count >> bit) & 1 == 1
+        gathered = level[..., first.clamp(max=level.shape[-1] - 1)]
+        taken.append(torch.where(present, gathered, identity))
+        whole = level.shape[-1] // 2
+        if whole == 0:
+            break
+        level = _EAGER_COMBINE[combine](level[..., 0 : 2 * whole : 2], level[..., 1 : 2 * whole : 2])
+    total = identity
+    for block in reversed(taken):
+        total = _EAGER_COMBINE[combine](total, block)
+    return (total + 0 if combine == "sum" else total).movedim(-1, dim).contiguous()
+
+
+@torch.library.impl(_LIBRARY, "row_major", "CompositeExplicitAutograd")
+def _row_major_eager(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(shape)
+
+
+@torch.library.impl(_LIBRARY, "store_rows", "CompositeExplicitAutograd")
+def _store_rows_eager(base: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    result = base.clone()
+    result[rows] = values
+    return result
+
+
+@torch.library.register_fake("bi_inductor::segment_tree", lib=_LIBRARY)
+def _segment_tree_fake(values: Tensor, start: Tensor, end: Tensor, combine: str, bits: int) -> Tensor:
+    return values.new_empty(values.shape, dtype=wide_dtype(values.dtype))
+
+
+@torch.library.register_fake("bi_inductor::block_scan", lib=_LIBRARY)
+def _block_scan_fake(x: Tensor, dim: int, combine: str, bits: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=wide_dtype(x.dtype))
+
+
+@torch.library.register_fake("bi_inductor::row_major", lib=_LIBRARY)
+def _row_major_fake(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x.new_empty(shape)
+
+
+@torch.library.register_fake("bi_inductor::store_rows", lib=_LIBRARY)
+def _store_rows_fake(base: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    return base.new_empty(base.shape)

@@ -84,6 +84,28 @@ def logsumexp(x: Tensor, *, elementwise: Any = torch) -> Tensor:
     return elementwise.log(tree_sum(elementwise.exp(x - maximum), -1)) + maximum.squeeze(-1)
 
 
+def scan(x: Tensor, combine: str = "sum") -> Tensor:
+    """Inclusive prefixes over the last dimension: left-to-right fold of the blocks of m's binary digits."""
+    x, prefixes = _accumulator(x), []
+    for count in range(1, x.shape[-1] + 1):
+        total, first = torch.full_like(x[..., 0], 0.0 if combine == "sum" else 1.0), 0
+        for bit in reversed(range(count.bit_length())):
+            if count >> bit & 1:
+                block = x[..., first : first + (1 << bit)]
+                first += 1 << bit
+                total = total + tree_sum(block, -1) if combine == "sum" else total * tree_prod(block, -1)
+        prefixes.append(total)
+    return torch.stack(prefixes, -1)
+
+
+def scatter_sum(base: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """out[v] = base[v] + tree_sum of values[t] over the t with rows[t] = v, ascending; [V, D], [T], [T, D]."""
+    result = _accumulator(base).clone()
+    for row in rows.unique().tolist():
+        result[row] = result[row] + tree_sum(values[rows == row], 0)
+    return result
+
+
 def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
     """[M, K] @ [K, N] in fp64 steps: acc = round32(acc + a_k * b_k) for ascending k, exact products.
 

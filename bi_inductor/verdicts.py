@@ -184,6 +184,45 @@ def _drawn(node: Node) -> Ruling:
     return Ruling(Verdict.CANONICAL, contract.Drawn(str(_value(node).dtype).removeprefix("torch.")))
 
 
+@_special("segment_tree")
+def _segment_tree(node: Node) -> Ruling:
+    accumulator = contract.accumulator_of(_value(node.args[0]).dtype)
+    return Ruling(Verdict.CANONICAL, contract.Segments(accumulator, _argument(node, "combine")))
+
+
+@_special("block_scan")
+def _block_scan(node: Node) -> Ruling:
+    accumulator = contract.accumulator_of(_value(node.args[0]).dtype)
+    return Ruling(Verdict.CANONICAL, contract.Scan(accumulator, _argument(node, "combine")))
+
+
+@_special("cumsum", "cumprod")
+def _integer_scan(node: Node) -> Ruling:
+    """Floats were decomposed into ``block_scan``; integers wrap around, which no order can change."""
+    dtype = _value(node).dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return _refusal(f"prefix sums of {dtype} have no canonical form")
+    length = _reduced_length(_value(node.args[0]), _argument(node, "dim"))
+    return Ruling(Verdict.CANONICAL, contract.Exact(contract.accumulator_of(dtype), str(node.target), length))
+
+
+@_special("sort")
+def _sort(node: Node) -> Ruling:
+    """A stable sort of integers has one answer; floats were decomposed into that."""
+    dtype = _value(node.args[0]).dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        return _refusal(f"a sort of {dtype} may order equal values by algorithm")
+    if not _argument(node, "stable"):
+        return _refusal("an unstable sort orders equal values by algorithm")
+    length = _reduced_length(_value(node.args[0]), _argument(node, "dim"))
+    return Ruling(Verdict.CANONICAL, contract.Exact(contract.accumulator_of(dtype), "stable sort", length))
+
+
+@_special("row_major", "store_rows", "searchsorted", "bucketize")
+def _invariant(node: Node) -> Ruling:
+    return Ruling(Verdict.INVARIANT)
+
+
 @_special("copy_")
 def _copy(node: Node) -> Ruling:
     return Ruling(Verdict.INVARIANT)

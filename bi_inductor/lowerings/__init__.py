@@ -10,6 +10,13 @@ from typing import Any
 @functools.cache
 def table() -> dict[Any, Callable[..., Any]]:
     """Op overload -> lowering. Built on first use, since importing Inductor's lowerings takes a second."""
-    from . import matmul
+    from .. import ops
+    from . import matmul, segments
 
-    return dict(matmul.LOWERINGS)
+    return {
+        **matmul.LOWERINGS,
+        ops.segment_tree: segments.segment_tree,
+        ops.block_scan: segments.block_scan,
+        ops.row_major: segments.row_major,
+        ops.store_rows: segments.store_rows,
+    }

@@ -10,6 +10,9 @@ of them::
     dot    round(sum_k x[k] y[k])                             mm with M = N = 1
     addmv  round(beta c[m] + alpha sum_k a[m, k] x[k])        addmm with N = 1
     addbmm round(beta c[m, n] + alpha sum_(b, k) a[b, m, k] b[b, k, n])   addmm over K' = (b, k), b outermost
+
+Convolutions become matrix products; scatters, sorts and scans become ops with one answer: see the modules
+beside this one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bi_inductor.decompositions import convolution, order, scatter
 from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
 
 aten = torch.ops.aten
@@ -43,7 +47,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     dropped = {getattr(packet, overload) for packet in _SIZE_DEPENDENT for overload in packet.overloads()}
     table = {op: rule for op, rule in select_decomp_table().items() if op not in dropped}
-    return _Table({**table, **_MATMUL_FAMILY, bmm_rounding: bmm_rounding_decomposed})
+    ours = {
+        **_MATMUL_FAMILY,
+        **convolution.TABLE,
+        **scatter.TABLE,
+        **order.TABLE,
+        bmm_rounding: bmm_rounding_decomposed,
+    }
+    return _Table({**table, **ours})
 
 
 class _Table(dict[Any, Callable[..., Any]]):

@@ -1,0 +1,80 @@
+"""Sorts and scans.
+
+A sort is made of a stable sort of integer keys, which has one answer whatever the algorithm, and a gather: equal
+values keep their order, -0.0 equals 0.0, NaN is the largest. topk is the head of that.
+
+A scan of floats is ``ops.block_scan``; integers and booleans wrap around and keep their library kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import block_scan
+from .scatter import bit_count
+
+aten = torch.ops.aten
+
+_KEY_DTYPE = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _key(x: Tensor, descending: bool) -> Tensor:
+    """Integers in the order of the floats ``x``: sign-magnitude turned into two's complement."""
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    dtype = _KEY_DTYPE[x.dtype]
+    limits = torch.iinfo(dtype)
+    bits = (x + 0.0).view(dtype)  # -0.0 + 0.0 = 0.0
+    key = torch.where(bits < 0, bits ^ limits.max, bits)
+    key = torch.where(x != x, limits.max, key)
+    return ~key if descending else key
+
+
+def _sort_stable(self: Tensor, *, stable: bool | None = True, dim: int = -1, descending: bool = False) -> Any:
+    if self.dim() == 0:
+        return self.clone(), torch.zeros_like(self, dtype=torch.int64)
+    if self.is_floating_point():
+        if self.dtype not in (torch.bfloat16, torch.float16, *_KEY_DTYPE):
+            return NotImplemented
+        _, order = torch.sort(_key(self, descending), dim=dim, stable=True)
+        return torch.gather(self, dim, order), order
+    if stable or self.dtype.is_complex:
+        return NotImplemented
+    return torch.sort(self, dim=dim, descending=descending, stable=True)
+
+
+def _sort(self: Tensor, dim: int = -1, descending: bool = False) -> Any:
+    return torch.sort(self, dim=dim, descending=descending, stable=True)
+
+
+def _topk(self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    values, order = torch.sort(self, dim=dim, descending=largest, stable=True)
+    if self.dim() == 0:
+        return values, order
+    return values.narrow(dim, 0, k), order.narrow(dim, 0, k)
+
+
+def _scan(combine: str) -> Callable[..., Tensor]:
+    def scan(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or (self.dtype if self.is_floating_point() or self.is_complex() else torch.int64)
+        if not dtype.is_floating_point:
+            return NotImplemented
+        x = self.to(dtype)
+        if x.dim() == 0 or x.numel() == 0:
+            return x.clone()
+        dim = dim % x.dim()
+        return block_scan(x, dim, combine, bit_count(x.shape[dim] + 1)).to(dtype)
+
+    return scan
+
+
+TABLE: dict[Any, Callable[..., Any]] = {
+    aten.sort.default: _sort,
+    aten.sort.stable: _sort_stable,
+    aten.topk.default: _topk,
+    aten.cumsum.default: _scan("sum"),
+    aten.cumprod.default: _scan("prod"),
+}

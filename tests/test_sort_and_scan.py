@@ -1,0 +1,127 @@
+"""Sorts have one answer; a prefix depends on its own elements alone."""
+
+import pytest
+import torch
+from devices import DEVICES, compiled, random_rows
+
+import bi_inductor
+from bi_inductor import oracle
+from bi_inductor.interpreter import run_in_interpreter
+from bi_inductor.testing import same_bits
+
+LENGTHS = (1, 2, 7, 8, 9, 64, 100, 600)
+
+
+def with_ties(*shape, dtype=torch.float32, device="cpu"):
+    """Many equal values, both zeros, both infinities, NaN."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-4, 4, shape, generator=generator).to(dtype)
+    special = torch.tensor([-0.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    chosen = torch.randint(0, 16, shape, generator=generator)
+    return torch.where(chosen < 4, special[chosen.clamp(max=3)], x).to(device)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("device", DEVICES)
+def test_sort_is_the_stable_one(device, dtype, descending):
+    x = with_ties(6, 70, dtype=dtype)
+    expected = x.sort(dim=-1, descending=descending, stable=True)
+
+    def sorts(x):
+        along = x.t().sort(dim=0, descending=descending)
+        return *x.sort(descending=descending), x.argsort(-1, descending), along.indices.t().contiguous()
+
+    values, indices, positions, along = (r.cpu() for r in compiled(sorts)(x.to(device)))
+    assert same_bits(values, expected.values)
+    assert all(torch.equal(found, expected.indices) for found in (indices, positions, along))
+
+
+def test_integers_are_sorted_stably():
+    x = with_ties(6, 70).nan_to_num(0, 5, -5).int()
+    for descending in (False, True):
+        torch._dynamo.reset()
+        values, indices = compiled(lambda x, d=descending: x.sort(descending=d))(x)
+        expected = x.sort(dim=-1, descending=descending, stable=True)
+        assert torch.equal(values, expected.values) and torch.equal(indices, expected.indices)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("device", DEVICES)
+def test_topk_takes_the_first_of_equals(device, largest):
+    x = with_ties(6, 70)
+    expected = x.sort(dim=-1, descending=largest, stable=True)
+    values, indices = compiled(lambda x: x.topk(9, largest=largest))(x.to(device))
+    assert same_bits(values.cpu(), expected.values[:, :9])
+    assert torch.equal(indices.cpu(), expected.indices[:, :9])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_rows_of_a_router_do_not_see_the_batch(device):
+    def route(x):
+        weights, experts = x.softmax(-1).topk(4)
+        return weights / weights.sum(-1, keepdim=True), experts, weights.cumsum(-1)
+
+    bi_inductor.assert_batch_invariant(
+        compiled(route, dynamic=True), random_rows(16, 64, device=device), batches=(1, 2, 7, 16)
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_scans_equal_the_oracle(device, dynamic):
+    for length in LENGTHS if dynamic else (9, 600):
+        torch._dynamo.reset()
+        x = random_rows(3, length, device=device)
+        factors = 1 + x / 4096
+
+        def scans(x, factors):
+            return x.cumsum(-1), x.t().cumsum(0).t().contiguous(), factors.cumprod(-1)
+
+        sums, along, products = compiled(scans, dynamic=dynamic)(x, factors)
+        assert same_bits(sums, oracle.scan(x)), length
+        assert same_bits(along, oracle.scan(x))
+        assert same_bits(products, oracle.scan(factors, "prod"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_prefix_does_not_depend_on_what_follows(device):
+    call = compiled(lambda x: x.cumsum(-1), dynamic=True)
+    x = random_rows(4, 600, device=device)
+    whole = call(x)
+    for length in (2, 9, 64, 513):
+        assert same_bits(call(x[:, :length].contiguous()), whole[:, :length].contiguous())
+
+
+def test_bf16_is_summed_wide_and_rounded_once():
+    x = random_rows(3, 100, dtype=torch.bfloat16)
+    assert same_bits(compiled(lambda x: x.cumsum(-1))(x), oracle.scan(x).bfloat16())
+
+
+def test_integer_scans_are_exact():
+    x = torch.randint(-9, 9, (4, 100))
+    mask = x > 0
+    sums, counts = compiled(lambda x, mask: (x.cumsum(-1), mask.cumsum(0)))(x, mask)
+    assert torch.equal(sums, x.cumsum(-1)) and torch.equal(counts, mask.cumsum(0))
+
+
+def test_gradient_of_a_scan():
+    x = random_rows(3, 50).requires_grad_()
+    upstream = random_rows(3, 50, seed=1)
+    compiled(lambda x: x.cumsum(-1))(x).backward(upstream)
+    assert same_bits(x.grad, oracle.scan(upstream.flip(-1)).flip(-1))
+
+
+def test_the_triton_kernels_have_the_oracles_bits():
+    x = random_rows(3, 300)
+    assert same_bits(run_in_interpreter(lambda x: x.cumsum(-1), x), oracle.scan(x))
+    y = with_ties(3, 100)
+    values, indices = run_in_interpreter(lambda y: y.sort(-1), y)
+    expected = y.sort(dim=-1, stable=True)
+    assert same_bits(values, expected.values) and torch.equal(indices, expected.indices)
+
+
+def test_stock_scans_in_another_order():
+    """Negative control: the lengths above tell orders apart."""
+    x = random_rows(3, 600)
+    assert not same_bits(torch.compile(lambda x: x.cumsum(-1), backend="inductor")(x), oracle.scan(x))

@@ -32,6 +32,7 @@ BASES = {
     "cpu columns": (lambda x: x.sum(0), (R(600, 256),), {"target": "cpu"}),
     "cpu dynamic sum": (lambda x: x.sum(-1), (R(8, 3000),), {"target": "cpu", "dynamic": True}),
     "cpu extrema": (lambda x: (x.argmax(-1), x.amin(-1), x.int().sum(-1)), (R(8, 3000),), {"target": "cpu"}),
+    "cpu tiles": (lambda x, y: (x + y.t()).sum(-1), (R(45, 37), R(37, 45)), {"target": "cpu"}),
     "cpu matmul": (lambda a, b: a @ b, (R(33, 70), R(70, 20)), {"target": "cpu"}),
     "cpu wrapper": (
         lambda a, b: (a @ b).sum(-1),
@@ -326,6 +327,10 @@ CORRUPTIONS = {
     "K of the C++ product": Corruption("cpu matmul", "length", r"(mm_0\(.*), 70\)", r"\1, 20)", False),
     "push of something else": _in_sum("ordered", r"tmp_acc0_ordered.push(\1 + \1);"),
     "two statements": _in_sum("statement", r"tmp_acc0_ordered.push(\1); tmp_acc0_ordered.push(\1);"),
+    "tile from one": Corruption("cpu tiles", "loop", r"x1_inner = 0;", "x1_inner = 1;"),
+    "lanes of whole vectors": Corruption(
+        "cpu tiles", "ordered", r"for \(long x1_inner = 0;", "for (long y1 = 0;", False
+    ),
     # the C++ wrapper
     "C++ extern mm": _in_cpp_wrapper(
         "extern", r"cpp_fused_mm_0\(\(.*", "aoti_torch_cpu_mm_out(buf0, arg2_1, arg4_1);"

@@ -35,11 +35,12 @@ _ACCUMULATOR = re.compile(
 _PUSH = re.compile(r"(?P<name>\w+?)(?:_arr\[[^\]]+\])?\.push\((?P<value>\w+)(?:, (?P<length>.+))?\);")
 #: The lines that may name an ordered accumulator, besides a push.
 _ORDERED = re.compile(
-    r"batchinv::(?:Stream|Lanes)<.*>(?:::Blocks)? (?P<name>\w+_ordered)(?:_arr|_blocks)?(?:\[\d+\]|\((?P=name)_blocks\))?;"
+    r"batchinv::(?:Stream|Lanes)<.*>(?:::Blocks)? "
+    r"(?P<name>\w+_ordered)(?:_arr|_blocks)?(?:\[\d+\]|\((?P=name)_blocks\))?;"
     r"|auto \w+ = \w+_ordered(?:_arr\[.+\])?\.total\(\);"
     r"|for \(int i = 0; i < \d+; i\+\+\) (?P<array>\w+_ordered)_arr\[i\] = batchinv::.*\((?P=array)_blocks\[i\]\);"
 )
-_DECLARATION = re.compile(r"(?P<type>[\w:]+(?:<[^=();]*>)?) (?P<name>tmp_acc\w*)(?:\[\w+\]|_arr\[\d+\])? = ")
+_DECLARATION = re.compile(r"(?P<type>[\w:]+(?:<[^=();]*>)?) (?P<name>tmp_acc\w*)(?:\[\d+\])?(?: = |;)")
 _UPDATE = re.compile(
     r"(?P<name>[A-Za-z_]\w*)(?P<subscript>\[.*?\])? (?P<operator>[-+*/|&^]?)= (?P<value>.+);"
 )
@@ -54,6 +55,8 @@ _EXACT_UPDATES = re.compile(
     r"|arg(?:max|min)_combine(?:_vec<[^()]*>)?)\((?P<name>\w+)(?:\[[^\]]*\])?,"
     r"|(?P<other>\w+)(?:\[[^\]]*\])? (?:\||\|\||\^) "
 )
+#: How an accumulator of an extremum starts, where there is an array of them.
+_START = re.compile(r"(?:IndexValue<\w+>\{0, )?-?std::numeric_limits<\w+>::\w+\(\)\}?")
 _EXACT_LAMBDA = re.compile(r"\{ return at::vec::(?:maximum|minimum)\(x, y\); \}")
 _INTEGRAL = re.compile(r"(?:^|<)(?:u?int(?:8|16|32|64)_t|bool|int|long)\b")
 
@@ -100,6 +103,7 @@ class _Loop:
     end: str
     step: str | None
     is_parallel: bool
+    condition: str  # the last one above it
     depth: int = 0  # of braces around its body
 
 
@@ -123,6 +127,8 @@ class CppKernel:
         self.parameters = [name.lstrip("*&") for name in names]
         #: (combine, line, extent of the reduced loop) of every push.
         self.reduced: list[tuple[str, int, str]] = []
+        #: Loops over what is left of a reduced loop whose steps are longer than one element.
+        self.tails: list[tuple[_Loop, _Loop]] = []
 
     def _without_runtime(self, source: str) -> tuple[str, int]:
         """The kernel itself, and how many lines of runtime stand before it."""
@@ -143,7 +149,7 @@ class CppKernel:
     def check(self) -> None:
         """Everything but the lengths."""
         self._loops: list[_Loop] = []
-        self._depth, self._parallel_loops = 0, 0
+        self._depth, self._parallel_loops, self._condition = 0, 0, ""
         self._blocks, self._open_blocks = 0, [0]
         self._accumulators: dict[str, tuple[str, str, int]] = {}
         self._pushed: set[tuple[str, int]] = set()
@@ -170,6 +176,8 @@ class CppKernel:
             self._note("extern", number)
         if re.search(r"\b(?:for|while|goto)\b", line):
             self._check_loop(number, line)
+        elif line.startswith("if("):
+            self._condition = line
         self._check_calls(number, line)
         match = _ACCUMULATOR.match(line)
         if match and not match["blocks"]:
@@ -204,7 +212,9 @@ class CppKernel:
         if size is None or not is_constant(size) or size[0] <= 0:
             self._note("loop", number)
         is_parallel, self._parallel_loops = self._parallel_loops > 0, max(0, self._parallel_loops - 1)
-        loop = _Loop(match["variable"], number, match["start"], match["end"], step, is_parallel)
+        loop = _Loop(
+            match["variable"], number, match["start"], match["end"], step, is_parallel, self._condition
+        )
         if not match["rest"].strip() or match["rest"].strip() == "{":
             self._pending = loop
 
@@ -263,7 +273,8 @@ class CppKernel:
         if (push["name"], self._open_blocks[-1]) in self._pushed:
             self._note("ordered", number, f"pushed twice: {push.string}")
         self._pushed.add((push["name"], self._open_blocks[-1]))
-        loops = [loop for loop in self._loops[outer:] if not loop.variable.endswith(("_tail", "_inner"))]
+        inside = self._loops[outer:]
+        loops = [loop for loop in inside if not loop.variable.endswith(("_tail", "_inner"))]
         if len(loops) != 1:
             self._note("ordered", number, f"a sum over {len(loops)} loops, not one: {push.string}")
             return
@@ -272,8 +283,18 @@ class CppKernel:
             self._note("openmp", loop.line, "threads share one sum")
         if cpp_values_of(loop.start, {}) != constant(0):
             self._note("loop", loop.line)
-        if kind == "Lanes" and (push["length"] or cpp_values_of(loop.step or "1", {}) != constant(1)):
+        # A transposed tile, and a tail, are walked by a loop of their own; a lane gets one element of each step.
+        own = [
+            part for part in inside if part.variable in (f"{loop.variable}_inner", f"{loop.variable}_tail")
+        ]
+        if kind == "Lanes" and (
+            push["length"] or not (own or cpp_values_of(loop.step or "1", {}) == constant(1))
+        ):
             self._note("ordered", loop.line, "a lane must be pushed element by element")
+        for part in own:
+            if part.variable.endswith("_inner") and part.start != "0":
+                self._note("loop", part.line)
+        self.tails += [(part, loop) for part in own if part.variable.endswith("_tail")]
         self.reduced.append((_OPERATORS[operator], number, loop.end))
 
     def _check_update(self, number: int, line: str) -> None:
@@ -289,6 +310,8 @@ class CppKernel:
             if not _INTEGRAL.search(self._types.get(name, "")):
                 self._note("reduction", number)
         elif name.startswith("tmp_acc") and not _INTEGRAL.search(self._types.get(name, "")):
+            if update["subscript"] == "[i]" and _START.fullmatch(update["value"]):
+                return
             exact = _EXACT_UPDATES.match(update["value"])
             carried = exact and (exact["name"] or exact["other"]).removesuffix("_arr").removesuffix("_vec")
             if carried != name.removesuffix("_vec"):
@@ -298,6 +321,9 @@ class CppKernel:
         """Reduced loops, and K of a product, have the length of a form."""
         if forms.is_open:
             return
+        for tail, loop in self.tails:
+            if not _continues(tail, loop, arguments):
+                self._note("loop", tail.line)
         for combine, number, end in self.reduced:
             length = cpp_values_of(end, arguments)
             if length is not None and length not in forms.lengths(combine):
@@ -305,6 +331,21 @@ class CppKernel:
         k = arguments.get("k") if self.is_product else None
         if k is not None and k not in {length for _, length in forms.chains}:
             self._note("length", 1, "no form of this graph is a chain of this K")
+
+
+def _continues(tail: _Loop, loop: _Loop, arguments: Names) -> bool:
+    """True if ``tail`` runs from the last whole step of ``loop`` to its end, as far as the bounds can be read.
+
+    Or from 0, in the first step only.
+    """
+    start, end = cpp_values_of(tail.start, arguments), cpp_values_of(loop.end, arguments)
+    step = cpp_values_of(loop.step or "1", arguments)
+    if start is None or end is None or step is None:
+        return True
+    whole = tuple(n - n % m for n, m in zip(end, step, strict=True))
+    if f" {loop.variable} < static_cast<int64_t>(1))" in tail.condition.replace("1L)", "1)"):
+        whole = constant(0)
+    return start == whole and cpp_values_of(tail.end, arguments) == end
 
 
 def _is_one_statement(line: str) -> bool:

@@ -25,7 +25,8 @@ CALLS: dict[str, frozenset[str]] = {
         """any bucketize_binary_search constexpr_next_power_of_2 device_assert_then div_floor_integer fmax2 fmaximum
         fp8e4m3fn_to_float32 frexp if_mask inline_asm_pack inline_asm_unpack is_floating max2 max2_strict
         max_with_index maximum maximum_with_index min2 min2_strict min_with_index minimum minimum_with_index
-        pow_integer promote_to_tensor rand4x randint64 randn4x remainder_integer select_one""".split()
+        pow_integer promote_to_tensor rand4x randint64 randn4x remainder_integer select_one
+        sort_with_index""".split()
     ),
     "tl.extra.cuda": frozenset(["gdc_launch_dependents", "gdc_wait"]),
     "triton.language": frozenset(["div_rn"]),
@@ -36,7 +37,7 @@ ELEMENTWISE = frozenset(["libdevice", "tl_math", "tl.math"])
 METHODS = frozenset(["broadcast_to", "load", "store", "to"])
 REDUCTIONS = frozenset(
     """argmax argmin associative_scan cumprod cumsum histogram max min online_softmax_combine
-    online_softmax_combine_with_sum online_softmax_reduce prod reduce sort sort_with_index sum topk welford
+    online_softmax_combine_with_sum online_softmax_reduce prod reduce sort sum topk welford
     welford_combine welford_reduce xor_sum""".split()
 )
 #: Decorators that launch one program per tile of outputs. (Cooperative and split-scan kernels share a sum.)
@@ -164,6 +165,8 @@ class TritonKernel(KernelSyntax):
             return
         if "atomic" in name:
             self.note("atomic", node)
+        elif function == "sort_with_index" and "stable=True" not in map(ast.unparse, node.keywords):
+            self.note("reduction", node)  # equal keys would stand in an order of the algorithm's
         elif owner in CALLS and function in REDUCTIONS:
             self.note("reduction", node)
         elif owner.split(".")[0] in _RESERVED - {""} or not isinstance(node.func, ast.Attribute):

@@ -23,8 +23,7 @@ LIBRARY_CALLS = frozenset(
 )
 #: Operators with one possible answer for the dtypes their rulings admit, integers and sorted values.
 EXACT_CALLS = frozenset(
-    """torch.ops.aten.sort.stable torch.ops.aten.searchsorted.Tensor torch.ops.aten.bucketize.Tensor
-    torch.ops.aten.cumsum.default torch.ops.aten.cumprod.default""".split()
+    "torch.ops.aten.sort.stable torch.ops.aten.searchsorted.Tensor torch.ops.aten.bucketize.Tensor".split()
 )
 _LIBRARIES = (
     "aten",

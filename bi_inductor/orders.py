@@ -3,40 +3,27 @@
 The idea is that of FPRev (arXiv 2411.00442). Let x_i = M, x_j = -M and all others be units so small that M + units
 rounds to M. A unit is lost if it meets M or -M before they cancel, so it survives exactly if it lies outside the
 smallest subtree that holds both i and j: the result counts the terms outside. Those counts, for enough pairs, are
-the tree. For one term i they sort all others into the subtrees that i's partial sums meet one after
-the other; each of these is then looked into by itself. A chain or a balanced tree takes O(n log n) sums, a
-hostile one O(n^2).
+the tree. For one term i they sort all others into the subtrees that its partial sums meet one after the other;
+each of these is then looked into by itself. A chain or a balanced tree takes O(n log n) sums, a hostile one O(n^2).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import OrderError
+from .order_probe import MAGNITUDES, Calls, Probe, Question, is_power_of_two
 from .sum_tree import SumTree
 
-#: For each input dtype M, and the most that all units together may be: far less than half a unit in the last
-#: place of M in any accumulator up to fp64 (fp16: up to fp32 with the guard bits of tensor cores; its range ends).
-_MAGNITUDES = {
-    torch.float64: (2.0**500, 2.0**40),
-    torch.float32: (2.0**100, 2.0**40),
-    torch.bfloat16: (2.0**100, 2.0**40),
-    torch.float16: (2.0**15, 2.0**-14),
-}
 _CHECKED_PAIRS = 64  # answers predicted after the tree is known; a wrong subtree is met by most of them
 _REPLAYED_SUMS = 16
-
-#: M at the first index, -M at the second, units at the indices in the tensor (less the first two).
-_Question: TypeAlias = tuple[int, int, Tensor]
 
 
 def reveal_order(
@@ -72,14 +59,14 @@ def reveal_order(
     """
     if n < 1:
         raise ValueError(f"a sum needs at least one term, not {n}")
-    if dtype not in _MAGNITUDES:
-        raise ValueError(f"{dtype} cannot be probed: take one of {', '.join(map(str, _MAGNITUDES))}")
+    if dtype not in MAGNITUDES:
+        raise ValueError(f"{dtype} cannot be probed: take one of {', '.join(map(str, MAGNITUDES))}")
     if probes_per_call < 1:
         raise ValueError(f"probes_per_call must be positive, not {probes_per_call}")
-    probe = _Probe(_Calls(fn, n, dtype, device, probes_per_call))
+    probe = Probe(Calls(fn, n, dtype, device, probes_per_call))
     tree = _rebuild(probe, n)
     _check_predictions(probe, tree)
-    if replay and tree.is_binary and _is_power_of_two(probe.factor):
+    if replay and tree.is_binary and is_power_of_two(probe.factor):
         tree = dataclasses.replace(tree, accumulator=_replayed_accumulator(probe.calls, tree, probe.factor))
     return tree
 
@@ -157,113 +144,6 @@ def attention_row(
     return one_row
 
 
-@dataclasses.dataclass(frozen=True)
-class _Calls:
-    """``fn`` as a function from many inputs to as many numbers."""
-
-    fn: Callable[[Tensor], Tensor]
-    terms: int
-    dtype: torch.dtype
-    device: torch.device | str
-    at_once: int
-
-    def __call__(self, inputs: Iterable[Tensor]) -> Tensor:
-        """One result for each of ``inputs`` ([n], on the CPU), in the dtype of ``fn``'s output, on the CPU."""
-        inputs, results = iter(inputs), []
-        while chunk := list(itertools.islice(inputs, self.at_once)):
-            results.append(self._call(chunk)[: len(chunk)])
-        return torch.cat(results)
-
-    def _call(self, chunk: list[Tensor]) -> Tensor:
-        if self.at_once == 1:
-            x = chunk[0]
-        else:
-            x = torch.zeros(self.at_once, self.terms, dtype=self.dtype)
-            x[: len(chunk)] = torch.stack(chunk)
-        result = self.fn(x.to(self.device))
-        if not isinstance(result, Tensor) or result.numel() != self.at_once:
-            got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise ValueError(f"fn must return {self.at_once} element(s) for {list(x.shape)}, not {got}")
-        return result.detach().reshape(-1).cpu()
-
-
-class _Probe:
-    """Counts which units survive; ``factor`` is what ``fn`` multiplies every input with."""
-
-    def __init__(self, calls: _Calls) -> None:
-        self.calls, self.terms = calls, calls.terms
-        self.large, total = _MAGNITUDES[calls.dtype]
-        self.factor, output = self._measure_factor()
-        self.at_once = self._units_at_once(total, torch.finfo(output))
-        self.unit = total / (1 << (self.at_once - 1).bit_length())
-
-    def _measure_factor(self) -> tuple[float, torch.dtype]:
-        zeros = torch.zeros(self.terms, dtype=self.calls.dtype)
-        alone = (zeros.index_fill(0, torch.tensor(k), 1) for k in range(self.terms))
-        results = self.calls(itertools.chain([zeros], alone))
-        at_zero, *factors = results.tolist()
-        if at_zero != 0:
-            raise OrderError(f"fn(0) is {at_zero:g}, not 0: it is not the sum of its inputs alone")
-        for k, factor in enumerate(factors):
-            if not 0 < factor < math.inf:
-                raise OrderError(
-                    f"x{k} has the factor {factor:g} in the sum; every input needs a positive one"
-                )
-            if factor != factors[0]:
-                raise OrderError(
-                    f"x0 has the factor {factors[0]:g} in the sum and x{k} {factor:g}; all need one and the same"
-                )
-        return factors[0], results.dtype
-
-    def _units_at_once(self, total: float, output: torch.finfo) -> int:
-        """How many units one output can count: rounding may move a count by a quarter at most."""
-        count = min(self.terms, int(0.25 / output.eps))
-        if not _is_power_of_two(self.factor):
-            count = min(count, 1024)  # every addition rounds: 1024 * 1024 * 2**-24 is below a quarter
-        if self.calls.dtype == torch.float16:
-            # A unit must be a float16, and its share of the output four times the output's resolution near 0.
-            resolution = output.smallest_normal * output.eps
-            count = min(count, int(total / 2.0**-24), int(total * self.factor / (4 * resolution)))
-        if count < 1:
-            raise OrderError(
-                f"the range of {self.calls.dtype} is too small for {self.terms} terms with factors of "
-                f"{self.factor:g}; probe in bfloat16 or float32"
-            )
-        return count if count == self.terms else 1 << (count.bit_length() - 1)
-
-    def survivors(self, questions: Sequence[_Question]) -> list[int]:
-        """For each (i, j, units): how many of the ``units`` survive M at i and -M at j."""
-        parts = [
-            (i, j, units[start : start + self.at_once])
-            for i, j, units in questions
-            for start in range(0, len(units), self.at_once)
-        ]
-        answers = iter(self.calls(self._input(*part) for part in parts).double().tolist())
-        return [
-            sum(self._count(next(answers)) for _ in range(0, len(units), self.at_once))
-            for _, _, units in questions
-        ]
-
-    def _input(self, i: int, j: int, units: Tensor) -> Tensor:
-        x = torch.zeros(self.terms, dtype=self.calls.dtype)
-        x[units] = self.unit
-        x[i], x[j] = self.large, -self.large
-        return x
-
-    def _count(self, answer: float) -> int:
-        count = answer / (self.unit * self.factor)
-        if not (-0.25 <= count <= self.at_once + 0.25 and abs(count - round(count)) <= 0.25):
-            raise OrderError(
-                f"M and -M leave {count:g} units of at most {self.at_once}: large values do not cancel, or small ones "
-                "are not kept exactly"
-            )
-        return round(count)
-
-
-def _is_power_of_two(value: float) -> bool:
-    return math.frexp(value)[0] == 0.5
-
-
 @dataclasses.dataclass
 class _Part:
     """Terms that are looked into by themselves; ``ceiling`` is the size of the subtree they are added in.
@@ -278,23 +158,25 @@ class _Part:
 
     @property
     def pivot(self) -> int:
-        return self.members[
-            len(self.members) // 2
-        ]  # of a chain the middle, so that half of it is done at once
+        """The middle: of a chain, half is then done at once."""
+        return self.members[len(self.members) // 2]
 
     @property
     def others(self) -> list[int]:
-        return [k for k in self.members if k != self.pivot]
+        pivot = self.pivot
+        return [k for k in self.members if k != pivot]
 
-    def split(self, spans: dict[int, int]) -> None:
-        """Group the others by ``spans``; raises OrderError if no tree has these."""
+    def split(self, spans: Sequence[int]) -> None:
+        """Group the others by their ``spans``; raises OrderError if no tree has these."""
+        members: dict[int, list[int]] = {}
+        for k, span in zip(self.others, spans, strict=True):
+            members.setdefault(span, []).append(k)
         count = 1
-        for span in sorted(set(spans.values())):
-            group = [k for k in self.others if spans[k] == span]
-            count += len(group)
+        for span in sorted(members):
+            count += len(members[span])
             if span > self.ceiling or (span < self.ceiling and span != count):
                 raise OrderError(_no_tree(span, count, self.pivot))
-            self.groups.append(_Part(group, span))
+            self.groups.append(_Part(members[span], span))
 
 
 def _no_tree(span: int, count: int, pivot: int) -> str:
@@ -309,16 +191,17 @@ def _no_tree(span: int, count: int, pivot: int) -> str:
     )
 
 
-def _rebuild(probe: _Probe, n: int) -> SumTree:
+def _rebuild(probe: Probe, n: int) -> SumTree:
     everything = torch.arange(n)
-    parts = pending = [_Part(list(range(n)), n + 1)]
+    pending = [_Part(list(range(n)), n + 1)]
+    parts = [*pending]
     while pending:
         questions = [(part.pivot, k, everything) for part in pending for k in part.others]
         answers = iter(probe.survivors(questions)) if questions else iter(())
         for part in pending:
-            part.split({k: n - next(answers) for k in part.others})
+            part.split([n - next(answers) for _ in part.others])
         pending = [group for part in pending for group in part.groups]
-        parts = parts + pending
+        parts += pending
     nodes: list[tuple[int, ...]] = []
     for part in reversed(parts):  # groups come after their part, so their nodes are made before its own
         part.roots = [part.pivot]
@@ -330,13 +213,13 @@ def _rebuild(probe: _Probe, n: int) -> SumTree:
     return SumTree(n, tuple(nodes))
 
 
-def _check_predictions(probe: _Probe, tree: SumTree) -> None:
+def _check_predictions(probe: Probe, tree: SumTree) -> None:
     """Ask about random pairs and units, in both signs, what the tree already tells."""
     if tree.terms < 2:
         return
     generator = random.Random(0)
     subtrees = _Subtrees(tree)
-    questions: list[_Question] = []
+    questions: list[Question] = []
     expected = []
     for _ in range(_CHECKED_PAIRS):
         i, j = generator.sample(range(tree.terms), 2)
@@ -375,7 +258,7 @@ class _Subtrees:
         return terms
 
 
-def _replayed_accumulator(calls: _Calls, tree: SumTree, factor: float) -> str:
+def _replayed_accumulator(calls: Calls, tree: SumTree, factor: float) -> str:
     """The narrowest dtype in which the tree, executed on random values, gives the bits of ``fn``."""
     generator = random.Random(1)
     inputs = torch.stack([_random_terms(generator, tree.terms, calls.dtype) for _ in range(_REPLAYED_SUMS)])

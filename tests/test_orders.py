@@ -19,6 +19,7 @@ from bi_inductor.cli import main
 from bi_inductor.drawing import draw_svg
 from bi_inductor.errors import OrderError
 from bi_inductor.interpreter import run_in_interpreter
+from bi_inductor.order_probe import Calls, Probe
 from bi_inductor.orders import reveal_order
 from bi_inductor.sum_tree import SumTree, chain, contract_tree, tree_of
 from bi_inductor.testing import same_bits
@@ -136,6 +137,17 @@ def test_a_mean_and_an_output_of_few_bits_are_no_obstacle():
         assert found == chain(terms)
 
 
+def test_counts_stay_exact_where_every_addition_rounds():
+    """6000 additions of a rounded 1/6000 drift by 0.3 of one; 1024 at a time by far less."""
+    average = chain(6000)
+    calls = Calls(lambda x: average.add(x / 6000, torch.float32), 6000, torch.float32, "cpu", 500)
+    assert Probe(calls).survivors([(0, 1, torch.arange(6000))]) == [5998]
+
+
+def test_a_function_may_overwrite_its_input():
+    assert reveal_order(lambda x: chain(9).add(x.mul_(1), torch.float32) + x.zero_()[0], 9) == chain(9)
+
+
 def test_a_chain_of_a_thousand_takes_few_calls():
     calls = 0
 
@@ -221,6 +233,7 @@ def test_the_range_of_fp16_ends():
         ({"n": 3, "probes_per_call": 0}, "positive"),
         ({"n": 3, "fn": lambda x: x}, "must return 1 element"),
         ({"n": 3, "fn": lambda x: 1.0}, "must return 1 element"),
+        ({"n": 3, "fn": lambda x: x.int().sum()}, "must return floats"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, words):

@@ -122,9 +122,7 @@ _HARMLESS_KERNELS = (
 
 
 #: Library kernels with one possible answer; ``verdicts`` has ruled on the dtypes they are called with.
-_EXACT_KERNELS = frozenset(
-    "aten.sort.stable aten.searchsorted.Tensor aten.bucketize.Tensor aten.cumsum.default aten.cumprod.default".split()
-)
+_EXACT_KERNELS = frozenset("aten.sort.stable aten.searchsorted.Tensor aten.bucketize.Tensor".split())
 
 
 def _is_harmless(operation: ir.ExternKernel) -> bool:

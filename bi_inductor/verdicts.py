@@ -196,16 +196,6 @@ def _block_scan(node: Node) -> Ruling:
     return Ruling(Verdict.CANONICAL, contract.Scan(accumulator, _argument(node, "combine")))
 
 
-@_special("cumsum", "cumprod")
-def _integer_scan(node: Node) -> Ruling:
-    """Floats were decomposed into ``block_scan``; integers wrap around, which no order can change."""
-    dtype = _value(node).dtype
-    if dtype.is_floating_point or dtype.is_complex:
-        return _refusal(f"prefix sums of {dtype} have no canonical form")
-    length = _reduced_length(_value(node.args[0]), _argument(node, "dim"))
-    return Ruling(Verdict.CANONICAL, contract.Exact(contract.accumulator_of(dtype), str(node.target), length))
-
-
 @_special("sort")
 def _sort(node: Node) -> Ruling:
     """A stable sort of integers has one answer; floats were decomposed into that."""

@@ -32,7 +32,7 @@ def test_sums_equal_the_oracle(device, dtype):
     base = random_rows(7, 5, dtype=dtype, device=device)
     for dynamic in (False, True):
         call = compiled(add_rows, dynamic=dynamic)
-        for count, places in ((1, 7), (9, 1), (100, 7), (1025, 7)):
+        for count, places in ((1, 7), (9, 1), (1025, 7)):
             torch._dynamo.reset()
             rows = rows_to(places, count, device)
             values = random_rows(count, 5, dtype=dtype, device=device, seed=count)

@@ -3,7 +3,7 @@
 A sort is made of a stable sort of integer keys, which has one answer whatever the algorithm, and a gather: equal
 values keep their order, -0.0 equals 0.0, NaN is the largest. topk is the head of that.
 
-A scan of floats is ``ops.block_scan``; integers and booleans wrap around and keep their library kernels.
+A scan is ``ops.block_scan``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _topk(self: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
 def _scan(combine: str) -> Callable[..., Tensor]:
     def scan(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or (self.dtype if self.is_floating_point() or self.is_complex() else torch.int64)
-        if not dtype.is_floating_point:
+        if dtype.is_complex or dtype == torch.bool:
             return NotImplemented
         x = self.to(dtype)
         if x.dim() == 0 or x.numel() == 0:

@@ -161,12 +161,13 @@ class TritonKernel(KernelSyntax):
     def _check_call(self, node: ast.Call) -> None:
         name = dotted(node.func)
         owner, _, function = name.rpartition(".")
+        if function == "sort_with_index" and "stable=True" not in map(ast.unparse, node.keywords):
+            self.note("reduction", node)  # equal keys would stand in an order of the algorithm's
+            return
         if name and (function in CALLS.get(owner, ()) or owner in ELEMENTWISE):
             return
         if "atomic" in name:
             self.note("atomic", node)
-        elif function == "sort_with_index" and "stable=True" not in map(ast.unparse, node.keywords):
-            self.note("reduction", node)  # equal keys would stand in an order of the algorithm's
         elif owner in CALLS and function in REDUCTIONS:
             self.note("reduction", node)
         elif owner.split(".")[0] in _RESERVED - {""} or not isinstance(node.func, ast.Attribute):

@@ -396,6 +396,7 @@ SPREAD = {
     ),
     "pooling": (lambda x: F.max_pool2d(x, 2), (R(2, 3, 16, 16),), {}),
     "half sums": (lambda x: (x.sum(-1), x.mean(0), x.softmax(-1)), (R(40, 3000).half(),), {}),
+    "counts cut in chunks": (lambda x: (x > 0).sum(-1), (R(3, 40000),), {}),
     "cut in chunks": (lambda x: (x.var(-1), x.logsumexp(-1)), (R(4, 40000),), {}),
     "flipped": (lambda x: x.flip(0).sum(), (R(16, 4096),), {}),
 }

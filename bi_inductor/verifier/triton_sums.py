@@ -110,10 +110,9 @@ class OrderedSums:
         kernel, length = self.kernel, self.kernel.values("r0_numel", arguments)
         block = kernel.values("R0_BLOCK", {})
         if "R0_BLOCK" in kernel.assignments:
-            holds = block is not None and (
-                length is None or all(a <= b for a, b in zip(length, block, strict=True))
-            )
-            if not holds or not is_power_of_two(block):
+            # A length with symbols may be bounded by guards that the text does not show.
+            is_short = bool(block and length and is_constant(length) and length[0] > block[0])
+            if is_short or not is_power_of_two(block):
                 kernel.note("block", kernel.assignments["R0_BLOCK"])
         if length is None:
             return
@@ -123,7 +122,8 @@ class OrderedSums:
         self._check_missing_mask(length, block)
         for kind, statement, has_zero in self.finished:
             self._check_zero(kind, statement, has_zero, forms)
-            if forms.is_open or length in forms.lengths(kind):
+            is_exact = not has_zero and any(combine == kind for combine, _ in forms.unordered)
+            if forms.is_open or is_exact or length in forms.lengths(kind):
                 continue
             if length in chunks:
                 self._check_order_of_chunks(arguments)

@@ -146,7 +146,7 @@ def _constants(node: Node) -> tuple[str, ...]:
 
     A float is what it is in the accumulator's dtype: a decomposition may have rounded it already, or not yet.
     """
-    pointwise = verdicts._is_pointwise(node.target)
+    pointwise = verdicts.is_pointwise(node.target)
     kinds = (float, bool, torch.dtype, int) if pointwise else (float, bool, torch.dtype)
     flat, _ = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
     wide = any(_dtype(n) in (torch.float64, torch.complex128) for n in (node, *node.all_input_nodes))

@@ -16,9 +16,11 @@ import logging
 import warnings
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
+from torch._inductor.lowering import to_dtype
 from torch.fx import Node
 
 from . import certificate, lowerings, verdicts, verifier
@@ -63,7 +65,10 @@ class BatchInvariantGraphLowering(GraphLowering):
     def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         lowering = lowerings.table().get(target)
         if lowering is None:
+            args, dtype = _with_exact_sizes(target, args)
             result = super().call_function(target, args, kwargs)
+            if dtype is not None and result.get_dtype() == torch.float32:
+                result = to_dtype(result, dtype)
         else:
             result = lowering(*args, **kwargs)
         return torch.utils._pytree.tree_map_only(ir.TensorBox, _rounded_at_op, result)
@@ -129,6 +134,26 @@ def _is_harmless(operation: ir.ExternKernel) -> bool:
     if isinstance(operation, (*_HARMLESS_KERNELS, ir.MultiOutput)):
         return True
     return str(getattr(operation, "op_overload", None)) in _EXACT_KERNELS
+
+
+def _with_exact_sizes(target: Any, args: Any) -> tuple[Any, torch.dtype | None]:
+    """A size that stands beside bf16 or fp16 values, as in the gradient of a mean, is not rounded to their dtype.
+
+    A static size is a constant, which Inductor keeps in fp32; a dynamic one it would round. Both are computed in
+    fp32 here. Returns the arguments and the dtype that the result is to be rounded to, if they were widened.
+    """
+    tensors = [arg for arg in args if isinstance(arg, ir.TensorBox)]
+    dtypes = {tensor.get_dtype() for tensor in tensors}
+    has_size = any(isinstance(arg, sympy.Expr) and not arg.is_number for arg in args)
+    if (
+        not has_size
+        or len(dtypes) != 1
+        or not dtypes <= set(_LOW_PRECISION)
+        or not verdicts.is_pointwise(target)
+    ):
+        return args, None
+    widened = tuple(to_dtype(arg, torch.float32) if isinstance(arg, ir.TensorBox) else arg for arg in args)
+    return widened, dtypes.pop()
 
 
 def _rounded_at_op(box: ir.TensorBox) -> ir.TensorBox:

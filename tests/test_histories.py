@@ -143,3 +143,21 @@ def test_a_warning_comes_before_dynamo_runs_eagerly():
         run = compiled(fn)
         run(torch.ones(2, 2))
         run(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dynamic_length_is_not_rounded(device, dtype):
+    """3001 is no bf16 number: the gradient of a mean, and a quotient, are the same static and dynamic."""
+
+    def f(x):
+        return x.mean(-1), x / x.shape[-1], x * x.shape[-1]
+
+    results = []
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        x = random_rows(2, 3001, dtype=dtype, device=device).requires_grad_()
+        outputs = compiled(f, dynamic=dynamic)(x)
+        (gradient,) = torch.autograd.grad(outputs[0], x, torch.full_like(outputs[0], 1.3))
+        results.append((*outputs, gradient))
+    assert all(map(same_bits, *results))

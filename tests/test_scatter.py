@@ -189,6 +189,20 @@ def test_a_language_model_trains(device):
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
 
 
+def test_the_fingerprint_does_not_follow_the_number_of_rows():
+    prints = {
+        bi_inductor.inspect(
+            lambda b, i, v: (b.index_add(0, i, v), b.index_put((i,), v), v.cumsum(1)),
+            random_rows(7, 5),
+            rows_to(7, count),
+            random_rows(count, 5),
+            target="cpu",
+        ).fingerprint
+        for count in (1, 3, 300)
+    }
+    assert len(prints) == 1
+
+
 def test_the_triton_kernels_have_the_oracles_bits():
     rows, values = rows_to(7, 300), random_rows(300, 6)
     base = random_rows(7, 6, seed=4)

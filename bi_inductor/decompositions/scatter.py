@@ -49,7 +49,7 @@ def put_rows(
     count = rows.shape[0]
     if count == 0 or base.numel() == 0:
         return base.clone()
-    if distinct or count == 1:
+    if distinct:
         keys, ranked = rows, values
         start = torch.arange(count, device=rows.device)
         end, bits = start + 1, 0
@@ -58,11 +58,11 @@ def put_rows(
         start, end = torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True)
         ranked, bits = values[order], bit_count(count)
     if combine == "assign":
-        return store_rows(base, keys, ranked if bits == 0 else ranked[end - 1])
+        return store_rows(base, keys, ranked if distinct else ranked[end - 1])
     tree = "sum" if combine == "mean" else combine
     total = segment_tree(ranked, start, end, tree, bits)
-    total = total if bits == 0 else total[start]
-    if tree == "sum" or combine in ("amax", "amin"):
+    total = total if distinct else total[start]
+    if tree != "prod":
         total = total + 0  # -0.0 becomes 0.0
     return store_rows(
         base, keys, _with_base(base[keys], total, (end - start)[:, None], combine, include_self)

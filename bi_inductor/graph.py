@@ -56,6 +56,12 @@ class BatchInvariantGraphLowering(GraphLowering):
                 rulings[node] = ruling
         return rulings
 
+    def _rule_again_on_lengths(self) -> None:
+        """Lowering may have found that a dynamic length has one value; then the forms say so too."""
+        for node, ruling in self.rulings.items():
+            if ruling.verdict is Verdict.CANONICAL:
+                self.rulings[node] = verdicts.rule(node)
+
     def _refuse(self, node: Node, ruling: Ruling) -> Ruling:
         source = certificate.source_line(node) or None
         error = BatchInvarianceError(str(node.target), ruling.reason, ruling.remedy, source)
@@ -91,6 +97,7 @@ class BatchInvariantGraphLowering(GraphLowering):
 
     def codegen(self) -> Any:
         wrapper, kernels = super().codegen()
+        self._rule_again_on_lengths()
         made = certificate.make(
             self.module,
             self.rulings,

@@ -157,8 +157,8 @@ segment_tree = torch.ops.bi_inductor.segment_tree.default
 """``segment_tree(values [T, D], start [T], end [T], combine, bits) -> [T, D]`` in the accumulator's dtype.
 
 Rows p with equal ``start[p]`` are one segment ``start[p] ... end[p] - 1``. Its first row receives the aligned
-tree of adjacent pairs over its rows; other rows are unspecified. ``bits``: tree levels, 2**bits >= every
-segment's length.
+tree of adjacent pairs over its rows, never -0.0 but for a product; other rows are unspecified. ``bits``: tree
+levels, 2**bits >= every segment's length.
 """
 
 block_scan = torch.ops.bi_inductor.block_scan.default
@@ -191,7 +191,7 @@ def _segment_tree_eager(values: Tensor, start: Tensor, end: Tensor, combine: str
         inside = (partner < end)[:, None]
         other = torch.where(inside, values[partner.clamp(max=len(values) - 1)], identity)
         values = _EAGER_COMBINE[combine](values, other)
-    return values
+    return values if combine == "prod" else values + 0
 
 
 @torch.library.impl(_LIBRARY, "block_scan", "CompositeExplicitAutograd")

@@ -22,20 +22,31 @@ def with_ties(*shape, dtype=torch.float32, device="cpu"):
     return torch.where(chosen < 4, special[chosen.clamp(max=3)], x).to(device)
 
 
+def stable(x, descending=False):
+    """The one answer, by Python's stable sort. (Eager's own order of -0.0 and 0.0 follows its algorithm.)"""
+
+    def key(value):
+        return (descending != (value != value), 0.0 if value != value else -value if descending else value)
+
+    order = torch.tensor([sorted(range(len(row)), key=lambda i: key(row[i])) for row in x.tolist()])
+    return x.gather(-1, order), order
+
+
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("device", DEVICES)
 def test_sort_is_the_stable_one(device, dtype, descending):
     x = with_ties(6, 70, dtype=dtype)
-    expected = x.sort(dim=-1, descending=descending, stable=True)
+    expected, order = stable(x, descending)
 
     def sorts(x):
         along = x.t().sort(dim=0, descending=descending)
         return *x.sort(descending=descending), x.argsort(-1, descending), along.indices.t().contiguous()
 
     values, indices, positions, along = (r.cpu() for r in compiled(sorts)(x.to(device)))
-    assert same_bits(values, expected.values)
-    assert all(torch.equal(found, expected.indices) for found in (indices, positions, along))
+    assert torch.equal(values.isnan(), expected.isnan())  # moving a bf16 NaN may change its payload
+    assert same_bits(values.masked_fill(values.isnan(), 0), expected.masked_fill(expected.isnan(), 0))
+    assert all(torch.equal(found, order) for found in (indices, positions, along))
 
 
 def test_integers_are_sorted_stably():
@@ -51,10 +62,10 @@ def test_integers_are_sorted_stably():
 @pytest.mark.parametrize("device", DEVICES)
 def test_topk_takes_the_first_of_equals(device, largest):
     x = with_ties(6, 70)
-    expected = x.sort(dim=-1, descending=largest, stable=True)
+    expected, order = stable(x, largest)
     values, indices = compiled(lambda x: x.topk(9, largest=largest))(x.to(device))
-    assert same_bits(values.cpu(), expected.values[:, :9])
-    assert torch.equal(indices.cpu(), expected.indices[:, :9])
+    assert same_bits(values.cpu(), expected[:, :9])
+    assert torch.equal(indices.cpu(), order[:, :9])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -118,8 +129,8 @@ def test_the_triton_kernels_have_the_oracles_bits():
     assert same_bits(run_in_interpreter(lambda x: x.cumsum(-1), x), oracle.scan(x))
     y = with_ties(3, 100)
     values, indices = run_in_interpreter(lambda y: y.sort(-1), y)
-    expected = y.sort(dim=-1, stable=True)
-    assert same_bits(values, expected.values) and torch.equal(indices, expected.indices)
+    expected, order = stable(y)
+    assert same_bits(values, expected) and torch.equal(indices, order)
 
 
 def test_an_unstable_sort_in_a_kernel_is_found():

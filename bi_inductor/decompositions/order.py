@@ -19,17 +19,34 @@ from .scatter import bit_count
 
 aten = torch.ops.aten
 
-_KEY_DTYPE = {torch.float32: torch.int32, torch.float64: torch.int64}
+_KEY_DTYPE = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+#: The bits of infinity; NaNs have larger magnitudes.
+_INFINITY = {
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+    torch.float32: 0x7F80_0000,
+    torch.float64: 0x7FF0_0000_0000_0000,
+}
 
 
 def _key(x: Tensor, descending: bool) -> Tensor:
-    """Integers in the order of the floats ``x``: sign-magnitude turned into two's complement."""
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    """Integers in the order of the floats ``x``, by integer operations alone: no float simplification reaches them.
+
+    The sign and magnitude of a float's bits become a two's complement, so that both zeros are 0.
+    """
     dtype = _KEY_DTYPE[x.dtype]
-    limits = torch.iinfo(dtype)
-    bits = (x + 0.0).view(dtype)  # -0.0 + 0.0 = 0.0
-    key = torch.where(bits < 0, bits ^ limits.max, bits)
-    key = torch.where(x != x, limits.max, key)
+    largest = torch.iinfo(dtype).max
+    infinity = _INFINITY[x.dtype]
+    bits = x.view(dtype)
+    bits = bits.int() if dtype == torch.int16 else bits
+    magnitude = bits & largest
+    key = torch.where(bits < 0, -magnitude, magnitude)
+    key = torch.where(magnitude > infinity, largest, key)
     return ~key if descending else key
 
 
@@ -37,7 +54,7 @@ def _sort_stable(self: Tensor, *, stable: bool | None = True, dim: int = -1, des
     if self.dim() == 0:
         return self.clone(), torch.zeros_like(self, dtype=torch.int64)
     if self.is_floating_point():
-        if self.dtype not in (torch.bfloat16, torch.float16, *_KEY_DTYPE):
+        if self.dtype not in _KEY_DTYPE:
             return NotImplemented
         _, order = torch.sort(_key(self, descending), dim=dim, stable=True)
         return torch.gather(self, dim, order), order

@@ -62,8 +62,6 @@ def put_rows(
     tree = "sum" if combine == "mean" else combine
     total = segment_tree(ranked, start, end, tree, bits)
     total = total if distinct else total[start]
-    if tree != "prod":
-        total = total + 0  # -0.0 becomes 0.0
     return store_rows(
         base, keys, _with_base(base[keys], total, (end - start)[:, None], combine, include_self)
     )

@@ -31,7 +31,16 @@ def segment_tree(values: TensorBox, start: TensorBox, end: TensorBox, combine: s
     length, columns = values.get_size()
     for low in range(0, bits, LEVELS):
         total = _segment_level(total, start, end, combine, low, min(bits, low + LEVELS), [length, columns])
-    return total
+    if combine == "prod":
+        return total
+    load, dtype = total.make_loader(), total.get_dtype()
+    zero = combine_identity("sum", dtype)  # -0.0 becomes 0.0
+    return ir.Pointwise.create(
+        device=total.get_device(),
+        dtype=dtype,
+        inner_fn=lambda index: ops.add(load(index), ops.constant(zero, dtype)),
+        ranges=[length, columns],
+    )
 
 
 def _segment_level(

@@ -56,11 +56,13 @@ class BatchInvariantGraphLowering(GraphLowering):
                 rulings[node] = ruling
         return rulings
 
-    def _rule_again_on_lengths(self) -> None:
+    def _settle_lengths(self) -> None:
         """Lowering may have found that a dynamic length has one value; then the forms say so too."""
         for node, ruling in self.rulings.items():
-            if ruling.verdict is Verdict.CANONICAL:
-                self.rulings[node] = verdicts.rule(node)
+            length = getattr(ruling.form, "length", None)
+            if isinstance(length, sympy.Expr):
+                form = dataclasses.replace(ruling.form, length=self.sizevars.simplify(length))  # type: ignore
+                self.rulings[node] = dataclasses.replace(ruling, form=form)
 
     def _refuse(self, node: Node, ruling: Ruling) -> Ruling:
         source = certificate.source_line(node) or None
@@ -97,7 +99,7 @@ class BatchInvariantGraphLowering(GraphLowering):
 
     def codegen(self) -> Any:
         wrapper, kernels = super().codegen()
-        self._rule_again_on_lengths()
+        self._settle_lengths()
         made = certificate.make(
             self.module,
             self.rulings,

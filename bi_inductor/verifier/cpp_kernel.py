@@ -329,7 +329,10 @@ class CppKernel:
             if length is not None and length not in forms.lengths(combine):
                 self._note("length", number, f"no form of this graph reduces {end} elements by {combine}")
         k = arguments.get("k") if self.is_product else None
-        if k is not None and k not in {length for _, length in forms.chains}:
+        lengths = {length for _, length in forms.chains}
+        # A constant K may be what guards made of a symbol; no batch size is in it.
+        settled = k is not None and is_constant(k) and not all(map(is_constant, lengths))
+        if k is not None and k not in lengths and not settled:
             self._note("length", 1, "no form of this graph is a chain of this K")
 
 

@@ -12,7 +12,7 @@ from inspected import HIDDEN, REDUCTIONS, WIDTH, Block
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
 
-from bi_inductor import BatchInvarianceError, OptionError, certificates, inspect
+from bi_inductor import BatchInvarianceError, OptionError, certificates, commands, inspect
 from bi_inductor.cli import main
 from bi_inductor.dry_run import DryRun
 
@@ -271,7 +271,7 @@ def test_cli_mistakes_get_one_line_and_exit_code_2(script, arguments, says, caps
     assert len(lines) == 1 and says in lines[0]
 
 
-@pytest.mark.parametrize("command", ["inspect", "versions"])
+@pytest.mark.parametrize("command", commands.NAMES)
 def test_cli_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -496,7 +496,7 @@ def terms_as_drawn(tree):
 
 def test_the_command_shows_that_eager_changes(capsys, tmp_path):
     picture = tmp_path / "orders.svg"
-    arguments = "order column-sum --length 9 --backend eager --batch 1,64 --svg".split()
+    arguments = "orders column-sum --length 9 --backend eager --batch 1,64 --svg".split()
     assert main([*arguments, str(picture)]) == 1
     shown = capsys.readouterr().out
     assert "eager, batch 1" in shown and "eager, batch 64" in shown and "x8 ─" in shown
@@ -504,7 +504,7 @@ def test_the_command_shows_that_eager_changes(capsys, tmp_path):
 
 
 def test_the_command_writes_json(capsys):
-    assert main("order sum --length 6 --backend batchinv --batch 1,5 --json".split()) == 0
+    assert main("orders sum --length 6 --backend batchinv --batch 1,5 --json".split()) == 0
     report = json.loads(capsys.readouterr().out)
     (order,) = report["orders"]
     assert order["batches"] == [1, 5] and order["contract"] == "Tree" and not report["changes_with_batch"]
@@ -524,6 +524,6 @@ def test_the_command_writes_json(capsys):
     ],
 )
 def test_what_the_command_cannot_do_is_one_line(capsys, arguments):
-    assert main(["order", *arguments.split()]) == 2
+    assert main(["orders", *arguments.split()]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("batchinv: ") and errors.count("\n") == 1

@@ -1,20 +1,23 @@
-"""``python -m bi_inductor order``: orders of summation measured at several batch sizes, as text, JSON or SVG."""
+"""``python -m bi_inductor orders``: orders of summation measured at several batch sizes, as text, JSON or SVG."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .sum_tree import SumTree
+from bi_inductor.commands import script
+from bi_inductor.commands.reporting import CommandError, one_line, progress, quiet_torch
 
+if TYPE_CHECKING:
+    from bi_inductor.sum_tree import SumTree
+
+SUMMARY = "Measure and draw the order in which sums are added."
 EXAMPLE = """examples:
-  python -m bi_inductor order column-sum --length 16 --batch 1,64 --backend inductor,batchinv --svg orders.svg
-  python -m bi_inductor order matmul --length 64 --columns 1 --batch 1,2,16 --backend eager
+  python -m bi_inductor orders column-sum --length 16 --batch 1,64 --backend inductor,batchinv --svg orders.svg
+  python -m bi_inductor orders matmul --length 64 --columns 1 --batch 1,2,16 --backend eager
 
 What is measured, by calling the compiled function, is the order of the additions behind row 0: of [batch, length]
 summed over dim -1, column 0 of [length, batch] summed over dim 0, element [0, 0] of [batch, length] @ [length,
@@ -30,7 +33,7 @@ def _probe(operation: str, compiled: Callable[..., Any], batch: int, columns: in
     import torch
     import torch.nn.functional as F
 
-    from . import orders
+    from bi_inductor import orders
 
     if operation == "sum":
         return orders.row_sum(compiled(lambda x: x.sum(-1)), batch=batch)
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("operation", metavar="OPERATION", help=", ".join(_OPERATIONS))
     parser.add_argument("--length", type=int, default=16, help="terms of the sum (default: %(default)s)")
-    parser.add_argument("--batch", default="1,64", help="batch sizes, comma-separated (default: %(default)s)")
+    script.add_batches(parser, "1,64")
     parser.add_argument(
         "--backend", default="inductor,batchinv", help="of eager, inductor, batchinv (default: %(default)s)"
     )
@@ -59,13 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--svg", metavar="FILE", type=Path, help="write the pictures beside each other here")
 
 
-def run(options: argparse.Namespace, batches: list[int]) -> int:
-    """Measure, print and draw; returns the exit code. Raises ValueError for arguments that do not fit."""
+def run(options: argparse.Namespace) -> int:
+    """Measure, print and draw; 1 if the order of some backend changes with the batch."""
+    batches = script.batches(options.batch)
+    try:
+        with quiet_torch():
+            return _run(options, batches)
+    except (ValueError, OSError) as error:  # an argument, a sum that has no one order, a file
+        raise CommandError(one_line(error)) from error
+
+
+def _run(options: argparse.Namespace, batches: list[int]) -> int:
     backends = _checked(options)
     measured = list(_measure(options, backends, batches))
     groups = _same_trees(measured)
     if options.svg:
-        from .drawing import draw_svg
+        from bi_inductor.drawing import draw_svg
 
         pictures = [(f"{_BACKENDS[backend]}, batch {batch}", tree) for backend, batch, tree in measured]
         options.svg.write_text(draw_svg(pictures, columns=len(batches)), encoding="utf-8")
@@ -108,11 +120,11 @@ def _measure(
 ) -> Iterator[tuple[str, int, SumTree]]:
     import torch
 
-    from .orders import reveal_order
+    from bi_inductor.orders import reveal_order
 
     for backend in backends:
         for batch in batches:
-            print(f"batchinv: {backend} at batch {batch} ...", file=sys.stderr, flush=True)
+            progress(f"{backend} at batch {batch}")
             torch._dynamo.reset()
             probe = _probe(options.operation, _compiler(backend), batch, options.columns)
             dtype = getattr(torch, options.dtype)
@@ -136,7 +148,7 @@ def _same_trees(measured: list[tuple[str, int, SumTree]]) -> list[tuple[str, lis
 
 
 def _contract_name(tree: SumTree) -> str | None:
-    from .sum_tree import chain, contract_tree
+    from bi_inductor.sum_tree import chain, contract_tree
 
     names = {"Tree": contract_tree(tree.terms), "Chain": chain(tree.terms)}
     return next((name for name, expected in names.items() if tree == expected), None)

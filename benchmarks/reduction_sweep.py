@@ -35,11 +35,11 @@ def chunk_candidates() -> Iterator[Candidate]:
         yield {"INNER_CHUNK": chunk, "persistent": per_thread}
 
 
-def softmax_candidates() -> Iterator[Candidate]:
-    """As chunk_candidates, and tiles of the looped maximum."""
-    for candidate in chunk_candidates():
-        for tile in [(1, 2048, 8), (1, 4096, 8), (1, 8192, 16)]:
-            yield {**candidate, "looped": tile}
+def long_row_candidates() -> Iterator[Candidate]:
+    """Rows cut in chunks, or left to one program each that loops over them, by the tile of the loop."""
+    yield {"LOOPED_ROWS_PER_SM": 10**6}
+    for r, warps in [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 8), (16384, 16)]:
+        yield {"LOOPED_ROWS_PER_SM": 0, "looped": (1, r, warps)}
 
 
 def row_candidates() -> Iterator[Candidate]:
@@ -50,22 +50,27 @@ def row_candidates() -> Iterator[Candidate]:
 
 
 def outer_candidates() -> Iterator[Candidate]:
-    """Rows per program, and looped tiles of one or two warps."""
+    """Rows per program, looped tiles of one or two warps, and columns of programs that hold all their rows."""
     tiles = [(64, 32, 1), (128, 8, 1), (128, 16, 1), (256, 8, 1), (256, 16, 2)]
     for chunk, tile in itertools.product((64, 128, 256), tiles):
         yield {"OUTER_CHUNK": chunk, "looped": tile, "loop_always": True}
+    for chunk, x, warps in [(64, 32, 1), (64, 64, 1), (64, 64, 2), (64, 128, 4), (32, 64, 1), (32, 128, 2)]:
+        yield {"OUTER_CHUNK": chunk, "columns": (x, warps)}
 
 
 SWEEPS = {
     "rms_norm 1x4096": row_candidates,
     "rms_norm 2048x16384": row_candidates,
     "rms_norm 8192x4096": row_candidates,
+    "rms_norm 4096x32768": long_row_candidates,
     "layer_norm 8192x4096": row_candidates,
     "layer_norm 2048x16384": row_candidates,
-    "logsumexp 256x128256": softmax_candidates,
-    "logsumexp 2048x128256": softmax_candidates,
+    "softmax 256x128256": long_row_candidates,
+    "softmax 2048x128256": long_row_candidates,
+    "logsumexp 256x128256": long_row_candidates,
+    "logsumexp 2048x128256": long_row_candidates,
     "sum 1x131072": chunk_candidates,
-    "sum 512x131072": chunk_candidates,
+    "sum 512x131072": long_row_candidates,
     "sum 8192x16384": row_candidates,
     "column sum 8192x4096": outer_candidates,
     "column sum 65536x4096": outer_candidates,
@@ -83,8 +88,12 @@ def captured(fn: Any, arguments: tuple, candidate: Candidate) -> tuple[Any, torc
     if "PERSISTENT_LENGTH" in candidate:
         length = candidate["PERSISTENT_LENGTH"]
         patches.append(mock.patch.object(choices, "PERSISTENT_LENGTH", length))
+    if "LOOPED_ROWS_PER_SM" in candidate:
+        patches.append(mock.patch.object(choices, "LOOPED_ROWS_PER_SM", candidate["LOOPED_ROWS_PER_SM"]))
     if "persistent" in candidate:
         patches.append(mock.patch.object(schedules, "persistent_tile", rows_tile(candidate["persistent"])))
+    if "columns" in candidate:
+        patches.append(mock.patch.object(schedules, "persistent_tile", columns_tile(*candidate["columns"])))
     if "looped" in candidate:
         patches.append(mock.patch.object(schedules, "looped_tile", lambda *_: candidate["looped"]))
     if candidate.get("loop_always"):
@@ -107,6 +116,15 @@ def rows_tile(per_thread: int) -> Any:
     def tile(rows: int, length: int, inner: bool) -> schedules.Tile:
         x, r, _ = stock(rows, length, inner)
         return x, r, min(32, max(1, x * r // (32 * per_thread)))
+
+    return tile
+
+
+def columns_tile(columns: int, num_warps: int) -> Any:
+    stock = schedules.persistent_tile
+
+    def tile(rows: int, length: int, inner: bool) -> schedules.Tile:
+        return stock(rows, length, inner) if inner else (columns, length, num_warps)
 
     return tile
 
@@ -140,14 +158,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="benchmarks/results/reduction_sweep.csv")
-    parser.add_argument("--only", default="", help="run only cases whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="run only cases whose name contains one of these, comma-separated"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     config.compile_threads = 1  # forced tiles live in this process
     config.force_disable_caches = True
     rows: list[dict[str, Any]] = []
     for name, (fn, arguments, _) in cases().items():
-        if name in SWEEPS and options.only in name:
+        if name in SWEEPS and any(part in name for part in options.only.split(",")):
             rows += sweep(name, fn, arguments)
             timing.write_csv(options.out, rows, "python " + " ".join(sys.argv))
 

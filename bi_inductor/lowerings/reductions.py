@@ -24,7 +24,7 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import CeilDiv
 
 from .. import contract
-from ..choices import PERSISTENT_LENGTH
+from ..choices import PERSISTENT_LENGTH, rows_fill_the_device
 from ..errors import BatchInvarianceError
 
 _UNROLLED_LENGTH = 8  # as Inductor's unroll_reductions_threshold
@@ -155,21 +155,23 @@ class _Ordered:
         """Reduce ``inner_fn(index, [i])`` over i = 0 ... numel - 1."""
         if not is_gpu(self.device.type):
             return self._node(self.dst_dtype, inner_fn, self.ranges, numel, hint)
-        chosen, _ = ir.Reduction.num_splits(
-            self.device,
-            self.dst_dtype,
-            self.src_dtype,
-            inner_fn,
-            self.ranges,
-            [numel],
-            self.kind,
-            numel,
-        )
-        hint = chosen if hint == ReductionHint.DEFAULT else hint
+        hint = self._hint(inner_fn, numel) if hint == ReductionHint.DEFAULT else hint
         chunk = self._chunk(numel, hint)
         if chunk is None:
             return self._node(self.dst_dtype, inner_fn, self.ranges, numel, hint)
         return self._in_chunks(inner_fn, numel, chunk, hint)
+
+    def _hint(self, inner_fn: Callable[..., Any], numel: sympy.Expr) -> ReductionHint:
+        """INNER if the reduced elements are adjacent in memory, OUTER if not: as Inductor finds it in the strides.
+
+        It does not look when there are many outputs, so it is shown two along each dimension.
+        """
+        hints = V.graph.sizevars.optimization_hints(self.ranges)
+        few = [sympy.Integer(min(2, hint)) for hint in hints]
+        hint, _ = ir.Reduction.num_splits(
+            self.device, self.dst_dtype, self.src_dtype, inner_fn, few, [numel], self.kind, numel
+        )
+        return hint
 
     def _node(
         self,
@@ -195,9 +197,10 @@ class _Ordered:
     def _chunk(self, numel: sympy.Expr, hint: ReductionHint) -> int | None:
         """Elements per program if the sum is split over programs: a power of two, so a subtree; or None."""
         length = V.graph.sizevars.optimization_hint(numel)
-        if hint != ReductionHint.OUTER:
-            return INNER_CHUNK if length > PERSISTENT_LENGTH else None
         columns = V.graph.sizevars.optimization_hint(sympy_product(self.ranges))
+        if hint != ReductionHint.OUTER:
+            fits = length <= PERSISTENT_LENGTH or rows_fill_the_device(columns, self.device)
+            return None if fits else INNER_CHUNK
         programs = max(1, columns // OUTER_COLUMNS)
         wanted = OUTER_PROGRAMS_PER_SM * DeviceProperties.create(self.device).multi_processor_count
         chunk = _next_power_of_two(max(OUTER_CHUNK, length * programs // wanted))

@@ -1,7 +1,7 @@
 """Tiles of emitted reduction kernels, chosen when the kernel is loaded.
 
 Every tile computes the same TREE form, so what stands here is speed alone; the numbers come from
-``benchmarks/reduction_sweep.py`` on an H200. Emitted kernels import this module in the place of
+``benchmarks/reduction_sweep.py`` on an H100 and an H200. Emitted kernels import this module in the place of
 ``triton_heuristics``, whose other names it passes on; so are tiles with a second spatial axis.
 """
 
@@ -43,8 +43,9 @@ def persistent_tile(rows: int, length: int, inner: bool) -> Tile:
 def looped_tile(rows: int, length: int, inner: bool) -> Tile:
     """Tile of a kernel that loops over blocks of the reduced axis."""
     if inner:
-        r = _power_of_two_in(length, 256, 2048)
-        return 1, r, _power_of_two_in(r // 256, 1, 8)
+        r = _power_of_two_in(length, 64, 16384)
+        x = _power_of_two_in(1024 // r, 1, max(1, rows))
+        return x, r, _power_of_two_in(x * r // (32 * _PER_THREAD), 1, 16)
     x = _power_of_two_in(rows, 32, 128)
     return x, 2048 // x, 1
 

@@ -41,6 +41,10 @@ class Options:
 #: Inductor settings the contract needs, each with its reason. A user's option that says otherwise is refused.
 REQUIRED_SETTINGS: dict[str, tuple[Any, str]] = {
     "pattern_matcher": (False, "its rewrites follow sizes, strides and how many users a node has"),
+    "joint_graph_constant_folding": (
+        False,
+        "it takes x * 0 for 0 and x + 0 for x where it sees a constant, which dynamic shapes hide",
+    ),
     "shape_padding": (False, "it pads matmuls when a benchmark says so"),
     "decompose_mem_bound_mm": (False, "it replaces matmuls by sums when M is large enough"),
     "emulate_precision_casts": (True, "rounding must not depend on what is fused"),

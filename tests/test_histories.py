@@ -161,3 +161,18 @@ def test_a_dynamic_length_is_not_rounded(device, dtype):
         (gradient,) = torch.autograd.grad(outputs[0], x, torch.full_like(outputs[0], 1.3))
         results.append((*outputs, gradient))
     assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_and_sums_with_zero_are_computed(device):
+    """Stock takes x * 0 for 0.0 and x + 0 for x where it can see all sizes, which dynamic shapes may hide."""
+    x = torch.tensor([[-1.0, -0.0, 2.0]] * 3, device=device)
+
+    def neutral(x):
+        return x * 0, x + torch.zeros_like(x)
+
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        assert all(map(same_bits, compiled(neutral, dynamic=dynamic)(x), neutral(x)))
+    stock = torch.compile(neutral, backend="inductor")(x)
+    assert not any(map(same_bits, stock, neutral(x)))

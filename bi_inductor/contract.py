@@ -13,6 +13,7 @@ kernels that compute them under any schedule.
     SCAN   cumsum, cumprod: a prefix of m elements is the left-to-right fold of the aligned blocks of m's
            binary digits, highest first, each a TREE. It depends on m alone, not on the length.
     CHAIN  matrix products: one accumulator per output element, k ascending from 0.
+    CHUNKS fp8 products: a chain for each 128 of K, and their sums added left to right in fp32.
     EXACT  max, min, any, all, arg*, integer sums: no order can change the result.
     DRAWN  random numbers: by seed and position.
 """
@@ -74,6 +75,19 @@ class Chain(Form):
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunks(Form):
+    """Every ``chunk`` of ``length`` products is a Chain from 0; their sums are added left to right in fp32."""
+
+    length: Length
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledChunks(Chunks):
+    """Chunks whose sums are each multiplied by their scale, and rounded to fp32, before they are added."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Exact(Form):
     """Order-free: the result is the same bits whatever the order."""
 
@@ -123,6 +137,20 @@ def reduction_form(combine: str, length: Length, dtype: Any) -> Form:
     if combine in _EXACT_COMBINES or combine in ("sum", "prod"):
         return Exact(accumulator, combine, length)
     raise ValueError(f"no canonical form for a {combine} reduction of {dtype}")
+
+
+#: Products of K that an fp8 product adds up in a tensor core before it adds in fp32, and that share a block scale.
+FP8_CHUNK = 128
+
+
+def fp8_matmul_form(
+    length: Length, family: str, *, fast_accumulation: bool = False, block_scales: bool = False
+) -> Form:
+    """The form of a product of fp8 matrices on the MMA instructions called ``family`` (``"wgmma_k32"`` ...)."""
+    accumulator = f"fp8_{family}/float32"
+    if block_scales:
+        return ScaledChunks(accumulator, length, FP8_CHUNK)
+    return Chain(accumulator, length) if fast_accumulation else Chunks(accumulator, length, FP8_CHUNK)
 
 
 def matmul_form(length: Length, dtype: Any, *, tf32: bool = False) -> Form:

@@ -117,3 +117,19 @@ def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
         product = a[:, k, None].double() * b[None, k, :].double()
         accumulator = (accumulator.double() + product).float()
     return accumulator
+
+
+def chunked_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor | None = None, scale_b: Tensor | None = None, chunk: int = 128
+) -> Tensor:
+    """[M, K] @ [K, N]: the chain over every ``chunk`` of K from 0, these sums added left to right in fp32.
+
+    With scale_a [M, chunks] and scale_b [chunks, N], sum i is first multiplied by scale_a[m, i] * scale_b[i, n].
+    """
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    for index, start in enumerate(range(0, a.shape[1], chunk)):
+        part = chain_matmul(a[:, start : start + chunk], b[start : start + chunk])
+        if scale_a is not None and scale_b is not None:
+            part = part * (scale_a[:, index, None] * scale_b[None, index])
+        total = total + part
+    return total

@@ -153,8 +153,8 @@ def _tf32_is_allowed() -> bool:
     return tf32_is_allowed()
 
 
-def _refusal(reason: str) -> Ruling:
-    return Ruling(Verdict.REFUSED, reason=reason, remedy=_REMEDY)
+def _refusal(reason: str, remedy: str = _REMEDY) -> Ruling:
+    return Ruling(Verdict.REFUSED, reason=reason, remedy=remedy)
 
 
 def is_pointwise(target: Any) -> bool:
@@ -177,6 +177,46 @@ def _index_put(node: Node) -> Ruling:
     if _argument(node, "accumulate"):
         return _refusal("accumulating into repeated indices adds in the order in which threads arrive")
     return _refusal("with repeated indices the last thread to arrive wins")
+
+
+@_special("_int_mm")
+def _integer_product(node: Node) -> Ruling:
+    length = _length(_value(node.args[0]).shape[-1:])
+    return Ruling(Verdict.CANONICAL, contract.reduction_form("sum", length, _value(node).dtype))
+
+
+@_special("scaled_product")
+def _scaled_product(node: Node) -> Ruling:
+    a = _value(node.args[0])
+    family = _fp8_family(a.device)
+    if family is None:
+        return _refusal(
+            "the order in which this GPU's tensor cores add fp8 products is not known",
+            "use a GPU of compute capability 8.9, 9.0, 10.0 or 10.3, or multiply bfloat16 operands",
+        )
+    form = contract.fp8_matmul_form(
+        _length(a.shape[-1:]),
+        family,
+        fast_accumulation=_argument(node, "fast_accumulation"),
+        block_scales=_argument(node, "block_scales"),
+    )
+    return Ruling(Verdict.CANONICAL, form)
+
+
+def _fp8_family(device: torch.device) -> str | None:
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    from .templates.mma_family import fp8_family
+
+    return fp8_family(DeviceProperties.create(device).cc)
+
+
+@_special("_scaled_mm", "_scaled_mm_v2")
+def _scaled_mm(node: Node) -> Ruling:
+    """What the decompositions could not express."""
+    return _refusal(
+        "scale_result, blocks of other than 128 of K and, on a CPU, block scales have no canonical form"
+    )
 
 
 @_special("inductor_random", "inductor_randint")

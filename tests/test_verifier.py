@@ -16,6 +16,13 @@ from bi_inductor.options import required_patches
 from bi_inductor.verifier.lengths import Forms, cpp_values_of, values_of
 
 R = torch.randn
+FP8 = R(5, 272).to(torch.float8_e4m3fn), R(48, 272).to(torch.float8_e4m3fn).t()
+
+
+def _scaled(**options):
+    return lambda a, b, x, y: torch._scaled_mm(a, b, x, y, out_dtype=torch.bfloat16, **options)
+
+
 BASES = {
     "held": (lambda x: F.rms_norm(x, (4096,)), (R(8, 4096, dtype=torch.bfloat16),), {}),
     "product of elements": (lambda x: (1 + x / 9).prod(-1), (R(8, 300),), {}),
@@ -28,6 +35,10 @@ BASES = {
     "even matmul": (lambda a, b: a @ b, (R(64, 256), R(256, 64)), {}),
     "dynamic matmul": (lambda a, b: a @ b, (R(33, 70), R(70, 20)), {"dynamic": True}),
     "fp64 matmul": (lambda a, b: a @ b, (R(33, 70).double(), R(70, 20).double()), {}),
+    "int8 matmul": (torch._int_mm, (R(33, 70).to(torch.int8), R(70, 20).to(torch.int8)), {}),
+    "fp8 matmul": (_scaled(), (*FP8, R(1), R(1)), {}),
+    "fast fp8 matmul": (_scaled(use_fast_accum=True), (*FP8, R(1), R(1)), {}),
+    "fp8 matmul of blocks": (_scaled(), (*FP8, R(5, 3), R(3, 1)), {}),
     "cpu softmax": (lambda x: x.softmax(-1), (R(8, 4099),), {"target": "cpu"}),
     "cpu columns": (lambda x: x.sum(0), (R(600, 256),), {"target": "cpu"}),
     "cpu dynamic sum": (lambda x: x.sum(-1), (R(8, 3000),), {"target": "cpu", "dynamic": True}),
@@ -238,6 +249,45 @@ CORRUPTIONS = {
     "even where it is not": Corruption(
         "matmul", "dot", r"EVEN_K : tl\.constexpr = False", "EVEN_K : tl.constexpr = True", False
     ),
+    # Triton: products of 8-bit operands
+    "another MMA family for fp8": Corruption(
+        "fp8 matmul", "precision", r"BLOCK_N : tl\.constexpr = \d+", "BLOCK_N : tl.constexpr = 32", False
+    ),
+    "another MMA family for fast fp8": Corruption(
+        "fast fp8 matmul", "precision", r"SWAP : tl\.constexpr = True", "SWAP : tl.constexpr = False", False
+    ),
+    "too few warps for wgmma": Corruption("fp8 matmul", "precision", r"num_warps=4", "num_warps=2", False),
+    "half a chunk": Corruption(
+        "fp8 matmul", "length", r"BLOCK_K : tl\.constexpr = 128", "BLOCK_K : tl.constexpr = 64", False
+    ),
+    "promoted more often": Corruption(
+        "fp8 matmul", "dot", r"max_num_imprecise_acc=BLOCK_K", "max_num_imprecise_acc=32"
+    ),
+    "a chain for chunks": Corruption(
+        "fp8 matmul", "dot", r"chunk = tl\.dot\((\w, \w), max.*\)", r"chunk = tl.dot(\1, acc)"
+    ),
+    "chunks for a chain": Corruption(
+        "fast fp8 matmul",
+        "length",
+        r"acc = tl\.dot\((\w, \w), acc, .*\)",
+        r"chunk = tl.dot(\1, max_num_imprecise_acc=BLOCK_K, out_dtype=ACC_TYPE)\n        acc += chunk",
+        False,
+    ),
+    "a chunk subtracted": Corruption("fp8 matmul", "accumulation", r"acc \+= chunk", "acc -= chunk"),
+    "a scale of its own": Corruption(
+        "fp8 matmul of blocks", "dot", r"tl\.load\(a_scales \+ step", "tl.load(a_scales - step"
+    ),
+    "a scale left out": Corruption(
+        "fp8 matmul of blocks", "accumulation", r"acc \+= chunk \* scale", "acc += chunk"
+    ),
+    "int8 in fp32": Corruption(
+        "int8 matmul",
+        "length",
+        r"ACC_TYPE : tl\.constexpr = tl\.int32",
+        "ACC_TYPE : tl.constexpr = tl.float32",
+        False,
+    ),
+    "half of an int8 product": Corruption("int8 matmul", "length", r"\bK = 70", "K = 35"),
     # the wrapper
     "extern mm": Corruption(
         "matmul", "extern", r"( +)(\w+)\.run\((\w+), (\w+), (\w+),.*", r"\1extern_kernels.bmm(\3, \4, out=\5)"

@@ -11,8 +11,8 @@ of them::
     addmv  round(beta c[m] + alpha sum_k a[m, k] x[k])        addmm with N = 1
     addbmm round(beta c[m, n] + alpha sum_(b, k) a[b, m, k] b[b, k, n])   addmm over K' = (b, k), b outermost
 
-Convolutions become matrix products; scatters, sorts and scans become ops with one answer: see the modules
-beside this one.
+Integer products are exact in every order; convolutions become matrix products; scatters, sorts and scans become
+ops with one answer: see the modules beside this one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bi_inductor.decompositions import convolution, order, scatter
+from bi_inductor.decompositions import convolution, integer, order, scaled, scatter
 from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
 
 aten = torch.ops.aten
@@ -49,6 +49,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table = {op: rule for op, rule in select_decomp_table().items() if op not in dropped}
     ours = {
         **_MATMUL_FAMILY,
+        **integer.TABLE,
+        **scaled.TABLE,
         **convolution.TABLE,
         **scatter.TABLE,
         **order.TABLE,
@@ -65,17 +67,17 @@ class _Table(dict[Any, Callable[..., Any]]):
         return decompositions, ()
 
 
-def _has_chain(*tensors: Tensor) -> bool:
-    """Real floating point: what a chain of fused multiply-adds is defined for."""
-    return all(tensor.is_floating_point() for tensor in tensors)
+def _has_product(*tensors: Tensor) -> bool:
+    """Real floating point, which has chains, or integers, which are exact."""
+    return all(tensor.is_floating_point() for tensor in tensors) or integer.has_integer_product(*tensors)
 
 
 def _mv(self: Tensor, vec: Tensor) -> Tensor:
-    return torch.mm(self, vec.unsqueeze(1)).squeeze(1) if _has_chain(self, vec) else NotImplemented
+    return torch.mm(self, vec.unsqueeze(1)).squeeze(1) if _has_product(self, vec) else NotImplemented
 
 
 def _dot(self: Tensor, tensor: Tensor) -> Tensor:
-    if not _has_chain(self, tensor):
+    if not _has_product(self, tensor):
         return NotImplemented
     return torch.mm(self.unsqueeze(0), tensor.unsqueeze(1)).squeeze(1).squeeze(0)
 
@@ -85,14 +87,14 @@ def _vdot(self: Tensor, other: Tensor) -> Tensor:
 
 
 def _addmv(self: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    if not _has_chain(self, mat, vec):
+    if not _has_product(self, mat, vec):
         return NotImplemented
     column = self.unsqueeze(1) if self.dim() else self
     return torch.addmm(column, mat, vec.unsqueeze(1), beta=beta, alpha=alpha).squeeze(1)
 
 
 def _addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    if not _has_chain(self, batch1, batch2):
+    if not _has_product(self, batch1, batch2):
         return NotImplemented
     batch, rows, inner = batch1.shape
     left = batch1.transpose(0, 1).reshape(rows, batch * inner)

@@ -96,8 +96,14 @@ def _reduce(self: interpreter.ReduceOps, operands: tuple[Any, ...]) -> list[tl.t
     return [_block(np.asarray(t), scalar_type) for t, scalar_type in zip(totals, scalar_types, strict=True)]
 
 
+_FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+
 def _as_double(handle: Any) -> np.ndarray:
-    """The numbers of a dot's operand; bf16 is kept as the upper 16 bits of an fp32."""
+    """The numbers of a dot's operand; bf16 is kept as the upper 16 bits of an fp32, fp8 as bytes."""
+    if handle.dtype.scalar in _FP8:
+        raw = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.uint8))
+        return raw.view(_FP8[handle.dtype.scalar]).double().numpy()
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return handle.data.astype(np.float64)
@@ -106,6 +112,9 @@ def _as_double(handle: Any) -> np.ndarray:
 def _chain_dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, imprecise: Any) -> Any:
     """acc = round(acc + a[:, k] * b[k, :]) for ascending k; products of fp32 and narrower are exact."""
     left, right, total = _as_double(a), _as_double(b), acc.data
+    if total.dtype == np.int32:
+        exact = left.astype(np.int64) @ right.astype(np.int64)
+        return interpreter.TensorHandle((total + exact).astype(np.int32), acc.dtype.scalar)
     for k in range(left.shape[1]):
         total = (total.astype(np.float64) + left[:, k, None] * right[None, k, :]).astype(acc.data.dtype)
     return interpreter.TensorHandle(total, acc.dtype.scalar)

@@ -28,6 +28,7 @@ _SMALL_PRIMES = 2**13 * 3**3 * 5**2 * 7 * 11
 _SYMBOL = re.compile(r"[su]\d+")
 _REDUCTION = re.compile(r"(Tree|Exact)\(\w+, ([^,]+), (.+)\)")
 _CHAIN = re.compile(r"Chain\(([\w/]+), (.+)\)")
+_CHUNKS = re.compile(r"(Scaled)?Chunks\(([\w/]+), (.+), (\d+)\)")
 #: Forms whose kernels reduce no axis: what they add is written out, element by element.
 _WITHOUT_LENGTH = ("Drawn", "Scan", "Segments")
 
@@ -126,25 +127,29 @@ class Forms:
     """Which lengths may be reduced, and how: the canonical forms of one kernel's ops, or of a whole graph.
 
     ``trees``: (combine, length) of ordered sums and products; ``unordered``: the same where no order matters;
-    ``chains``: (accumulator, length) of matrix products.
+    ``chains``: (accumulator, length) of matrix products; ``chunked``: (accumulator, length, chunk, is scaled).
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.trees: set[tuple[str, Values]] = set()
         self.unordered: set[tuple[str, Values]] = set()
         self.chains: set[tuple[str, Values]] = set()
+        self.chunked: set[tuple[str, Values, int, bool]] = set()
         #: True if a form or its length could not be read: then no claim is made about lengths.
         self.is_open = False
         for form in {entry.form for entry in entries} - {""}:
             self._add(form)
 
     def _add(self, form: str) -> None:
-        chain, reduction = _CHAIN.fullmatch(form), _REDUCTION.fullmatch(form)
-        length = _form_length(chain[2] if chain else reduction[3] if reduction else "?")
+        chain, reduction, chunked = (shape.fullmatch(form) for shape in (_CHAIN, _REDUCTION, _CHUNKS))
+        found = (chain and chain[2]) or (reduction and reduction[3]) or (chunked and chunked[3])
+        length = _form_length(found or "?")
         if form.startswith(_WITHOUT_LENGTH):
             return
         if length is None:
             self.is_open = True
+        elif chunked:
+            self.chunked.add((chunked[2], length, int(chunked[4]), bool(chunked[1])))
         elif chain:
             self.chains.add((chain[1], length))
         elif reduction:
@@ -153,7 +158,7 @@ class Forms:
     @property
     def are_any(self) -> bool:
         """True if there is a form that reduces something."""
-        return bool(self.trees or self.unordered or self.chains or self.is_open)
+        return bool(self.trees or self.unordered or self.chains or self.chunked or self.is_open)
 
     def lengths(self, combine: str) -> set[Values]:
         """Lengths that ``combine`` runs over."""

@@ -8,7 +8,8 @@ import re
 from .finding import Report
 from .lengths import Forms, Names, Values
 from .syntax import KernelSyntax, assigned, carried, dotted
-from .triton_product import POINTERS, ChainedProduct
+from .triton_product import ChainedProduct
+from .triton_quantized import QuantizedProduct
 from .triton_sums import OrderedSums
 
 #: Names that mean the same in every kernel, and what each may be called for.
@@ -88,7 +89,8 @@ class TritonKernel(KernelSyntax):
     def __init__(self, source: str, report: Report) -> None:
         super().__init__(source, report)
         self.flags: dict[str, ast.Constant] = {}
-        self.sums, self.product = OrderedSums(self), ChainedProduct(self)
+        self.sums = OrderedSums(self)
+        self.product = (ChainedProduct if "INPUT_PRECISION" in self.assignments else QuantizedProduct)(self)
 
     def check(self) -> None:
         """Everything but lengths, which need the wrapper and the forms."""
@@ -191,13 +193,8 @@ class TritonKernel(KernelSyntax):
             if isinstance(statement, (ast.For, ast.While)):
                 self.note("loop", statement, "a loop inside a loop")
         for name, statement in carried(loop):
-            if not (self._is_chain_step if is_chain else self._is_exact_step)(name, statement):
+            if not (self.product.is_step if is_chain else self._is_exact_step)(name, statement):
                 self.note("accumulation", statement)
-
-    def _is_chain_step(self, name: str, statement: ast.stmt) -> bool:
-        if isinstance(statement, ast.AugAssign):
-            return isinstance(statement.op, ast.Add) and self.text(statement.value) == POINTERS.get(name)
-        return name == "acc" and self.line(statement).startswith("acc = tl.dot(")
 
     def _is_exact_step(self, name: str, statement: ast.stmt) -> bool:
         line = self.line(statement)

@@ -22,6 +22,9 @@ _PRECISIONS = {
 class ChainedProduct:
     """The matrix product of one kernel."""
 
+    #: The statement that adds products.
+    dot = _DOT
+
     def __init__(self, kernel: KernelSyntax) -> None:
         self.kernel = kernel
         self.dots = [call for call in kernel.calls if dotted(call.func) == "tl.dot"]
@@ -32,20 +35,31 @@ class ChainedProduct:
         if len(self.dots) != 1 or len(kernel.loops) != 1:
             kernel.note("dot", dot, f"{len(self.dots)} products in {len(kernel.loops)} loops, not one in one")
         if not any(
-            _DOT.fullmatch(kernel.line(statement)) for loop in kernel.loops for statement in loop.body
+            self.dot.fullmatch(kernel.line(statement)) for loop in kernel.loops for statement in loop.body
         ):
             kernel.note("dot", dot)
         outside = [statement for statement in kernel.statements if not kernel.is_in_loop(statement)]
         bound = [kernel.text(value) for s in outside for name, value in assigned(s) if name == "acc"]
-        wanted = ["tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)", "acc + 0.0"]
+        wanted = ["tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)", f"acc{self._end()}"]
         if kernel.text_of("SWAP") == "True":
-            wanted = ["tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)", "tl.trans(acc) + 0.0"]
+            wanted = ["tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)", f"tl.trans(acc){self._end()}"]
         if bound[:2] != wanted:
             kernel.note("dot", dot, f"the accumulator starts and ends as {bound[:2]}, not as {wanted}")
         for call in kernel.calls:
             if dotted(call.func) == "tl.program_id" and kernel.text(call) != "tl.program_id(0)":
                 kernel.note("dot", call, "programs may share one product")
         self._check_operands()
+
+    def _end(self) -> str:
+        """What follows the sums, once."""
+        return " + 0.0"
+
+    def is_step(self, name: str, statement: ast.stmt) -> bool:
+        """True if ``statement``, in the loop over k, may change the carried ``name``."""
+        if isinstance(statement, ast.AugAssign):
+            step = self.kernel.text(statement.value)
+            return isinstance(statement.op, ast.Add) and step == POINTERS.get(name)
+        return name == "acc" and self.kernel.line(statement).startswith("acc = tl.dot(")
 
     def _check_operands(self) -> None:
         """Both pointers start at k = 0 and advance with it; what is past K is loaded as zero."""

@@ -1,9 +1,9 @@
-"""Which MMA instructions a product of 8-bit floats runs on: one family for each architecture.
+"""Which MMA instructions a tile of a matrix product runs on, and which of them its dtype is pinned to.
 
-bf16, fp16, tf32 and fp32 give one set of bits whatever family Triton picks on an architecture; fp8 does not. On
-Hopper a tile with fewer than 64 rows is widened to fp16 and runs on ``mma.sync`` with 16 products a step; from 64
-rows on it runs on ``wgmma`` with 32. Both are right and their bits differ, so one of them is the form, and a product
-of a single row is padded to the 64 that it takes.
+bf16, fp16, tf32 and fp32 gave one set of bits whatever family Triton picked on an H100; fp8 does not. On Hopper a
+tile of fp8 with fewer than 64 rows is widened to fp16 and runs on ``mma.sync`` with 16 products a step; from 64 rows
+on it runs on ``wgmma`` with 32. Both are right and their bits differ, so one of them is the form, and a product of a
+single row is padded to the 64 that it takes. What holds on the GPU at hand, ``python -m bi_inductor doctor`` measures.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ def rows_of_mma(tile: Tile) -> int:
     return tile.block_n if tile.swap else tile.block_m
 
 
+def _is_wide(tile: Tile) -> bool:
+    return rows_of_mma(tile) >= _WIDE_ROWS and tile.num_warps % 4 == 0
+
+
 def fp8_family_of(tile: Tile, capability: int) -> str | None:
     """The family that Triton 3.6 to 3.8 compile ``tile`` of fp8 operands to (measured from their PTX)."""
-    is_wide = rows_of_mma(tile) >= _WIDE_ROWS and tile.num_warps % 4 == 0
-    if capability >= 90 and not is_wide:
-        return "mma_k16"
-    return fp8_family(capability)
+    return fp8_family(capability) if capability < 90 or _is_wide(tile) else "mma_k16"
+
+
+def family_of(tile: Tile, capability: int) -> str:
+    """The same for bf16, fp16 and tf32 operands: ``mma.sync``, ``wgmma`` or ``tcgen05``."""
+    wide = {9: "wgmma", 10: "tcgen05"}.get(capability // 10)
+    return wide if wide and _is_wide(tile) else "mma.sync"

@@ -1,0 +1,108 @@
+"""``python -m bi_inductor doctor``: do all tiles that may be chosen give the same bits on this GPU?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from typing import TYPE_CHECKING
+
+from bi_inductor.commands.reporting import CommandError, progress, quiet_torch
+
+if TYPE_CHECKING:
+    from bi_inductor.doctor import Kind, Result
+
+SUMMARY = "Check on this GPU that every tile of a matrix product gives the same bits."
+EXAMPLE = """example:
+  python -m bi_inductor doctor --kinds bfloat16,float8_e4m3fn"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which kinds of products."""
+    parser.add_argument("--kinds", help="names from the first column, separated by commas (default: all)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print a table; 1 if the tiles of one kind disagree."""
+    import torch
+
+    from bi_inductor import doctor
+    from bi_inductor.virtual import require_triton
+
+    require_triton()
+    if not torch.cuda.is_available():
+        raise CommandError("doctor runs kernels, and there is no GPU here; inspect needs none")
+    began = time.perf_counter()
+    results: list[Result] = []
+    for kind in _chosen(options.kinds):
+        progress(f"{kind.name}: K = {', '.join(map(str, kind.depths))}")
+        with quiet_torch():
+            results += doctor.examine(kind)
+    if options.json:
+        print(json.dumps(_as_json(results), indent=2))
+    else:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n{table(results)}")
+        print(f"\n{verdict(results)} ({time.perf_counter() - began:.0f} s)")
+    return 0 if agree(results) else 1
+
+
+def _chosen(names: str | None) -> list[Kind]:
+    import torch
+
+    from bi_inductor import doctor
+
+    major, minor = torch.cuda.get_device_capability()
+    possible = {k.name: k for k in doctor.KINDS if doctor.is_supported(k, 10 * major + minor)}
+    wanted = names.split(",") if names else [*possible]
+    unknown = [name for name in wanted if name not in possible]
+    if unknown:
+        raise CommandError(f"--kinds takes names out of {', '.join(possible)}, not {unknown[0]!r}")
+    return [possible[name] for name in wanted]
+
+
+def agree(results: list[Result]) -> bool:
+    """True if the selectable tiles of every kind gave one class of bits for every K."""
+    return all(result.agrees for result in results)
+
+
+def verdict(results: list[Result]) -> str:
+    """One line for the user."""
+    bad = list(dict.fromkeys(result.kind for result in results if not result.agrees))
+    if not bad:
+        return "Every tile gives the same bits: the contract holds here."
+    return f"TILES DISAGREE for {'; '.join(bad)}: bits may follow the batch here. Please report this table."
+
+
+def table(results: list[Result]) -> str:
+    """One line per kind and, where tiles use several, per family of instructions."""
+    head = ("kind", "instructions", "tiles", "K", "classes", "")
+    rows = [
+        (
+            result.kind,
+            result.family,
+            str(result.tiles),
+            "/".join(map(str, result.depths)),
+            "/".join(map(str, result.classes)),
+            "ok" if result.agrees else "DIFFER",
+        )
+        for result in results
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    )
+
+
+def _as_json(results: list[Result]) -> dict[str, object]:
+    import torch
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": str(torch.__version__),
+        "triton": triton.__version__,
+        "agree": agree(results),
+        "results": [dataclasses.asdict(result) for result in results],
+    }

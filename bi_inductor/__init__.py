@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BatchInvarianceError": "errors",
     "Certificate": "certificate",
+    "Certification": "certification",
     "Inspection": "inspection",
     "MissingDependencyError": "errors",
     "OptionError": "errors",
@@ -17,6 +18,7 @@ _PUBLIC = {
     "SumTree": "sum_tree",
     "assert_batch_invariant": "testing",
     "certificates": "certificate",
+    "certify": "certification",
     "inspect": "inspection",
     "reveal_order": "orders",
 }

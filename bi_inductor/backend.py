@@ -66,10 +66,12 @@ def compile_graph(
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from .decompositions import decompositions
+    from .entries import dynamo_floats
     from .graph import refuse_or_warn
     from .passes.canonicalize import canonicalize
 
     unproven: list[BatchInvarianceError] = []
+    floats = dynamo_floats(gm)
 
     def refuse(error: BatchInvarianceError) -> None:
         refuse_or_warn(error, ours)
@@ -78,10 +80,14 @@ def compile_graph(
     @functools.wraps(compile_fx_inner)
     def inner_compile(*args: Any, **kwargs: Any) -> Any:
         # The backward is compiled later, when the first gradient is asked for: outside the block below.
-        with unwrapped(), scope.compiling(ours, unproven):
+        with unwrapped(), scope.compiling(ours, unproven, patches=patches, floats=floats):
             return compile_fx_inner(*args, **kwargs)
 
-    with unwrapped(), scope.compiling(ours, unproven), sdpa_kernel(SDPBackend.MATH):
+    with (
+        unwrapped(),
+        scope.compiling(ours, unproven, patches=patches, floats=floats),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         return compile_fx(
             canonicalize(gm, refuse),
             example_inputs,

@@ -1,32 +1,52 @@
-"""What a compiled graph is made of, op by op, and why its bits per row cannot follow the batch."""
+"""What a compiled graph is made of, op by op and kernel by kernel, and why its bits per row cannot follow the batch.
+
+A certificate is a value: it is written into the generated module, read back from every cache, compared with others and
+written as JSON (``docs/certificate.md``). What goes into it from a graph is the business of ``entries.py``.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
+import enum
 import hashlib
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from . import verdicts
-from .errors import BatchInvarianceError
-from .verdicts import Ruling, Verdict
+from . import numerics
+from .numerics import Comparison
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _MARKER = "# batchinv certificate: "
 
 
+class Level(enum.Enum):
+    """How far a claim was checked. A certificate never says more than what was done for this graph."""
+
+    NONE = "no claim"
+    CONSTRUCTION = "by construction"
+    SOURCE = "verified in source"
+    IR = "verified in IR"
+    MEASURED = "measured on this GPU"
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One op: its FX name, target, verdict, canonical form, constants that reach its bits, source line."""
+    """One op of a graph.
+
+    ``name``, ``op``: of the FX node. ``form``: the canonical order, over reduced lengths only; ``example``: the form
+    at the lengths of the example that was compiled, where ``form`` has symbols. ``constants``: scalars that reach the
+    bits. ``inputs``: names of the tensors it reads; ``moves``: which elements an op takes that computes nothing.
+    ``source``: the user's line. ``level``: how far the claim was checked.
+    """
 
     name: str
     op: str
@@ -36,63 +56,170 @@ class Entry:
     constants: tuple[str, ...]
     source: str
     reason: str = ""
+    example: str = ""
+    inputs: tuple[str, ...] = ()
+    moves: str = ""
+    level: str = Level.CONSTRUCTION.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One generated kernel: the ops in it, their forms and source lines, and the freedom that its schedule used.
+
+    ``language``: "triton" or "cpp". ``schedule``: what was chosen among schedules of one order. ``retraced``: what the
+    verifier found in the text to be in order: "sum", "prod" (a tree) or "chain".
+    """
+
+    name: str
+    language: str
+    ops: tuple[str, ...]
+    forms: tuple[str, ...]
+    schedule: tuple[str, ...]
+    sources: tuple[str, ...]
+    retraced: tuple[str, ...]
+    level: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What bits depend on beside the graph: backend ("cpp", "triton"), device and architecture, versions.
+
+    ``options``: what the user asked for; they cannot change a bit, but say which ops may be UNPROVEN.
+    """
+
+    device: str
+    architecture: str
+    versions: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, str], ...] = ()
+
+    def difference(self, other: Environment) -> str:
+        """What of it keeps equal graphs from having equal bits; empty if nothing does."""
+        if self.architecture != other.architecture:
+            return f"{self.architecture} against {other.architecture}"
+        ours, theirs = dict(self.versions), dict(other.versions)
+        return ", ".join(
+            f"{name} {ours.get(name)} against {theirs.get(name)}"
+            for name in dict.fromkeys([*ours, *theirs])
+            if ours.get(name) != theirs.get(name)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """The entries of one compiled graph, in the order of the graph.
+    """One compiled graph: its ops in the order of the graph, its kernels, and what its bits depend on beside them.
 
-    ``fingerprint`` (sha256, hex) covers every op that computes: target, form, dtype and constants. Data
-    movement and batch sizes are not in it, so it is equal for every batch size of one function.
+    ``inputs``: names of its tensor inputs, in the order in which the function first uses them. ``floats``: inputs
+    that hold one Python float, with the values of the example; the entries have these as constants. ``guards``:
+    conditions on the symbols of a dynamic graph, without which another graph would be compiled. ``target``: "cpu" or
+    "cuda".
     """
 
     entries: tuple[Entry, ...]
+    kernels: tuple[Kernel, ...]
+    inputs: tuple[str, ...]
     target: str
-    versions: tuple[tuple[str, str], ...]
+    environment: Environment
     is_backward: bool = False
+    floats: tuple[tuple[str, float], ...] = ()
+    guards: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the graph computes: every op with its form at the example's lengths, its dtype, its
+        constants, and what it reads through which data movement.
+
+        Sizes are not in it, so it is equal for every batch size; neither are names, weights, nor the order of ops.
+        """
+        digests = sorted(numerics.digests(self))
+        return hashlib.sha256(repr((self.target, digests)).encode()).hexdigest()
 
     @property
-    def fingerprint(self) -> str:
-        computing = [
-            (e.op, e.verdict, e.form, e.dtype, e.constants)
-            for e in self.entries
-            if e.verdict != Verdict.INVARIANT.value or not _is_movement(e)
-        ]
-        return hashlib.sha256(repr((self.target, computing)).encode()).hexdigest()
+    def digest(self) -> str:
+        """sha256 (hex) of the fingerprint, the architecture and the versions: equal digests mean equal bits."""
+        parts = (self.fingerprint, self.environment.architecture, self.environment.versions)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of ops per verdict."""
         return dict(Counter(entry.verdict for entry in self.entries))
 
+    @property
+    def levels(self) -> dict[str, int]:
+        """Number of CANONICAL ops per level."""
+        return dict(Counter(entry.level for entry in self.entries if entry.form))
+
+    def same_numerics(self, other: Certificate) -> Comparison:
+        """Whether ``other`` computes the same bits from the same inputs, and if not, at which node they part.
+
+        A form with a symbol for its length, and one with a number, are one form: the length is the inputs'.
+        """
+        return numerics.compare(self, other)
+
     def summary(self) -> str:
-        """One line: verdicts and their numbers, forms, fingerprint."""
-        verdict_counts = ", ".join(f"{n} {v}" for v, n in sorted(self.counts.items()))
+        """One line: verdicts and their numbers, forms, how far they were checked, fingerprint."""
+        verdicts = ", ".join(f"{n} {v}" for v, n in sorted(self.counts.items()))
         kinds = Counter(entry.form.split("(")[0] for entry in self.entries if entry.form)
         forms = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-        return f"{len(self.entries)} ops: {verdict_counts} ({forms}); fingerprint {self.fingerprint[:16]}"
+        levels = "".join(f"; {n} {level}" for level, n in sorted(self.levels.items()))
+        return f"{len(self.entries)} ops: {verdicts} ({forms}){levels}; fingerprint {self.fingerprint[:16]}"
 
     def to_json(self) -> str:
-        """The certificate as one JSON object (``schema`` names the version of its layout)."""
-        return json.dumps({"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}, separators=(",", ":"))
+        """The certificate as one JSON object, as ``certificate.schema.json`` describes it."""
+        fields = {"schema": SCHEMA_VERSION, "fingerprint": self.fingerprint, "digest": self.digest}
+        return json.dumps({**fields, **dataclasses.asdict(self)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Certificate:
-        """The inverse of ``to_json``. Raises ValueError for another schema version."""
+        """The inverse of ``to_json``. Raises ValueError for another schema version and for a changed document."""
         fields = json.loads(text)
-        if fields.pop("schema") != SCHEMA_VERSION:
+        if fields.pop("schema", None) != SCHEMA_VERSION:
             raise ValueError("this certificate was written by another version of batchinv")
-        entries = tuple(Entry(**{**e, "constants": tuple(e["constants"])}) for e in fields.pop("entries"))
-        versions = tuple((name, version) for name, version in fields.pop("versions"))
-        return cls(entries=entries, versions=versions, **fields)
+        fingerprint, digest = fields.pop("fingerprint"), fields.pop("digest")
+        made = cls(
+            entries=tuple(Entry(**frozen(entry)) for entry in fields.pop("entries")),
+            kernels=tuple(Kernel(**frozen(kernel)) for kernel in fields.pop("kernels")),
+            environment=Environment(**frozen(fields.pop("environment"))),
+            **frozen(fields),
+        )
+        if (fingerprint, digest) != (made.fingerprint, made.digest):
+            raise ValueError("the fingerprint or digest of this certificate is not that of its entries")
+        return made
 
     def __str__(self) -> str:
-        header = f"batchinv certificate, {self.target}, {'backward' if self.is_backward else 'forward'}"
-        lines = [header, self.summary(), ""]
-        for entry in self.entries:
-            line = f"{entry.verdict:10} {entry.op:34} {entry.form:40} {entry.source}"
-            lines.append(line.rstrip())
-        return "\n".join(lines)
+        way = "backward" if self.is_backward else "forward"
+        environment = self.environment
+        versions = ", ".join(f"{name} {version}" for name, version in environment.versions)
+        lines = [
+            f"batchinv certificate, {self.target}, {way}",
+            f"{environment.device} ({environment.architecture}), {versions}",
+            self.summary(),
+            "",
+            *map(_entry_line, self.entries),
+            "",
+            *(line for kernel in self.kernels for line in _kernel_lines(kernel)),
+        ]
+        return "\n".join(lines).rstrip()
+
+
+def frozen(fields: dict[str, Any]) -> dict[str, Any]:
+    """Lists of a JSON object as tuples."""
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return {name: tuples(value) for name, value in fields.items()}
+
+
+def _entry_line(entry: Entry) -> str:
+    level = entry.level if entry.form else ""
+    return f"{entry.verdict:10} {entry.op:34} {entry.form:40} {level:20} {entry.source}".rstrip()
+
+
+def _kernel_lines(kernel: Kernel) -> list[str]:
+    lines = [f"kernel {kernel.name} ({kernel.language}, {kernel.level}): {', '.join(kernel.schedule)}"]
+    lines += [f"  order  {form}" for form in kernel.forms]
+    return lines + [f"  source {source}" for source in kernel.sources]
 
 
 def source_line(node: Node) -> str:
@@ -104,63 +231,6 @@ def source_line(node: Node) -> str:
     users = [frame for frame in frames if not frame[0].startswith(_LIBRARIES)]
     path, line, code = (users or frames)[-1]
     return f"{path}:{line}: {code.strip()}"
-
-
-def make(
-    gm: GraphModule,
-    rulings: dict[Node, Ruling],
-    unproven: Sequence[BatchInvarianceError] = (),
-    *,
-    target: str,
-    is_backward: bool,
-) -> Certificate:
-    """The certificate of a post-grad graph whose call_function nodes have ``rulings``.
-
-    ``unproven``: composites that were taken apart before they could be ruled on.
-    """
-    entries = (
-        *(Entry("", e.op, Verdict.UNPROVEN.value, "", "", (), e.source or "", e.reason) for e in unproven),
-        *(_entry(node, rulings[node]) for node in gm.graph.nodes if node in rulings),
-    )
-    versions = [("torch", str(torch.__version__))]
-    return Certificate(entries, target, tuple(versions), is_backward)
-
-
-def _entry(node: Node, ruling: Ruling) -> Entry:
-    value = node.meta.get("val")
-    dtype = str(getattr(value, "dtype", "")).removeprefix("torch.")
-    return Entry(
-        name=node.name,
-        op=str(node.target),
-        verdict=ruling.verdict.value,
-        form=str(ruling.form or ""),
-        dtype=dtype,
-        constants=_constants(node),
-        source=source_line(node),
-        reason=ruling.reason,
-    )
-
-
-def _constants(node: Node) -> tuple[str, ...]:
-    """Scalars that reach the bits of a result: floats, bools and dtypes, and integers of pointwise ops.
-
-    A float is what it is in the accumulator's dtype: a decomposition may have rounded it already, or not yet.
-    """
-    pointwise = verdicts.is_pointwise(node.target)
-    kinds = (float, bool, torch.dtype, int) if pointwise else (float, bool, torch.dtype)
-    flat, _ = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-    wide = any(_dtype(n) in (torch.float64, torch.complex128) for n in (node, *node.all_input_nodes))
-    scalars = (value for value in flat if isinstance(value, kinds))
-    return tuple(repr(ctypes.c_float(v).value if isinstance(v, float) and not wide else v) for v in scalars)
-
-
-def _dtype(node: Node) -> torch.dtype | None:
-    return getattr(node.meta.get("val"), "dtype", None)
-
-
-def _is_movement(entry: Entry) -> bool:
-    name = entry.op.split(".")[1] if "." in entry.op else entry.op
-    return name in verdicts._MOVEMENT or not entry.op.startswith(("aten.", "prims.", "inductor_prims."))
 
 
 def embed(source: str, certificate: Certificate) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bi_inductor.errors import BatchInvarianceError
-from bi_inductor.fakes import fake_call
+from bi_inductor.fakes import FakeCall, fake_call
 from bi_inductor.virtual import virtual_gpu
 
 #: Executes a generated module: (source, graph inputs) -> graph outputs.
@@ -28,13 +28,17 @@ Runner = Callable[[str, list[Any]], list[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What to generate code for, and how: the arguments of ``inspect``."""
+    """What to generate code for, and how: the arguments of ``inspect``.
+
+    With a ``batch_dim`` that dimension of the arguments is a symbol, and all other sizes are numbers.
+    """
 
     target: str
     dynamic: bool = False
     options: dict[str, Any] | None = None
     backward: bool = False
     runner: Runner | None = None
+    batch_dim: int | None = None
 
     @property
     def device(self) -> str:
@@ -66,7 +70,10 @@ class DryRun:
             if self.backward:
                 _ask_for_gradients(call)
             sources = stack.enter_context(self._recording(call.originals))
-            compiled = torch.compile(_fresh(call.fn), backend=self._backend, dynamic=self.dynamic)
+            dynamic: bool | None = self.dynamic
+            if self.batch_dim is not None:
+                call, dynamic = self._with_unknown_batch(call), None
+            compiled = torch.compile(_fresh(call.fn), backend=self._backend, dynamic=dynamic)
             with _refusals_unwrapped():
                 result = compiled(*call.args, **call.kwargs)
             return sources, pytree.tree_map(lambda x: call.originals.get(id(x), x), result)
@@ -92,6 +99,30 @@ class DryRun:
             else contextlib.nullcontext(),
         ):
             yield
+
+    def batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The size of the batch dimension of the first tensor argument that has it. Raises ValueError without one."""
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.ndim > (self.batch_dim or 0):
+                return leaf.shape[self.batch_dim or 0]
+        raise ValueError(f"no tensor argument has a dimension {self.batch_dim}, which should be the batch")
+
+    def _with_unknown_batch(self, call: FakeCall) -> FakeCall:
+        """``call`` with its batch dimension marked. A batch of one, which would become a constant, becomes two."""
+        dim, size = self.batch_dim or 0, self.batch_size(call.args, call.kwargs)
+
+        def marked(x: torch.Tensor) -> torch.Tensor:
+            if x.ndim <= dim or x.shape[dim] != size:
+                return x
+            if size == 1:
+                shape = [2 if d == dim else n for d, n in enumerate(x.shape)]
+                grown = torch.empty(shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
+                x = grown
+            torch._dynamo.mark_dynamic(x, dim)
+            return x
+
+        args, kwargs = pytree.tree_map_only(torch.Tensor, marked, (call.args, call.kwargs))
+        return call._replace(args=args, kwargs=kwargs)
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """The real backend. Without a runner its result is thrown away: the graph itself is run, on fakes."""
@@ -131,10 +162,15 @@ class DryRun:
         return call
 
 
+class SpecializedBatchError(ValueError):
+    """The function has another graph for every batch size: something in it takes the size for a constant."""
+
+
 @contextlib.contextmanager
 def _refusals_unwrapped() -> Iterator[None]:
-    """BatchInvarianceError as the backend raised it, not as Dynamo wrapped it."""
-    from torch._dynamo.exc import BackendCompilerFailed
+    """BatchInvarianceError as the backend raised it, not as Dynamo wrapped it; a constant batch in one line."""
+    from torch._dynamo.exc import BackendCompilerFailed, UserError
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
     try:
         yield
@@ -142,6 +178,11 @@ def _refusals_unwrapped() -> Iterator[None]:
         if isinstance(error.inner_exception, BatchInvarianceError):
             raise error.inner_exception from None
         raise
+    except (ConstraintViolationError, UserError) as error:
+        reason = next(
+            (line.strip(" -") for line in str(error).splitlines() if "specializ" in line), str(error)
+        )
+        raise SpecializedBatchError(f"the batch size became a constant: {reason[:300]}") from error
 
 
 def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import logging
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -23,7 +25,8 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.lowering import to_dtype
 from torch.fx import Node
 
-from . import certificate, lowerings, verdicts, verifier
+from . import certificate, lowerings, verdicts
+from .attest import attest
 from .errors import BatchInvarianceError
 from .lowerings.reductions import rounded
 from .options import Options
@@ -39,9 +42,15 @@ class BatchInvariantGraphLowering(GraphLowering):
     options = Options()
     #: What the passes on Dynamo's graph could not rewrite, where the user let them go on.
     unproven: tuple[BatchInvarianceError, ...] = ()
+    #: Inductor's settings as the user asked for them.
+    patches: Mapping[str, Any] = MappingProxyType({})
+    #: Positions of the inputs of Dynamo's graph that hold a Python float, with their values.
+    floats: Mapping[int, float] = MappingProxyType({})
 
     def run(self, *args: Any) -> Any:
         self.rulings = self._rule_on_every_op()
+        #: Kernel name -> names of the ops in it, as code generators of ours record them.
+        self.kernel_ops: dict[str, set[str]] = {}
         result = super().run(*args)
         self._check_no_unknown_kernel()
         return result
@@ -82,12 +91,13 @@ class BatchInvariantGraphLowering(GraphLowering):
         return torch.utils._pytree.tree_map_only(ir.TensorBox, _rounded_at_op, result)
 
     @property
-    def _has_unproven(self) -> bool:
+    def has_unproven(self) -> bool:
+        """True if stock lowerings are in the graph, because the user asked for them."""
         return bool(self.unproven) or any(r.verdict is Verdict.UNPROVEN for r in self.rulings.values())
 
     def _check_no_unknown_kernel(self) -> None:
         """A second look, at the lowered operations: no library kernel unless the user asked for it."""
-        if self._has_unproven:
+        if self.has_unproven:
             return
         for operation in self.operations:
             if isinstance(operation, ir.ExternKernel) and not _is_harmless(operation):
@@ -100,21 +110,8 @@ class BatchInvariantGraphLowering(GraphLowering):
     def codegen(self) -> Any:
         wrapper, kernels = super().codegen()
         self._settle_lengths()
-        made = certificate.make(
-            self.module,
-            self.rulings,
-            self.unproven,
-            target=self._target(),
-            is_backward=bool(self.is_backward),
-        )
-        log.debug("%s", made)
-        source = certificate.embed(_without_unused_library_import(wrapper.value), made)
-        if not self._has_unproven:
-            verifier.check(source, made)
-        return dataclasses.replace(wrapper, value=source), kernels
-
-    def _target(self) -> str:
-        return "cuda" if "cuda" in self.device_types else "cpu"
+        source = _without_unused_library_import(wrapper.value)
+        return dataclasses.replace(wrapper, value=certificate.embed(source, attest(self, source))), kernels
 
 
 def _without_unused_library_import(source: str) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .errors import BatchInvarianceError
@@ -29,10 +30,17 @@ def _options() -> Options | None:
 
 
 @contextlib.contextmanager
-def compiling(options: Options, unproven: Sequence[BatchInvarianceError] = ()) -> Iterator[None]:
+def compiling(
+    options: Options,
+    unproven: Sequence[BatchInvarianceError] = (),
+    *,
+    patches: Mapping[str, Any] = MappingProxyType({}),
+    floats: Mapping[int, float] = MappingProxyType({}),
+) -> Iterator[None]:
     """Compile under the contract in this thread until the block is left, however it is left.
 
-    ``unproven``: refusals the user turned into warnings; they go into the certificates.
+    What goes into the certificates: ``unproven``, refusals the user turned into warnings; ``patches``, Inductor's
+    settings as the user asked for them; ``floats``, see ``entries.dynamo_floats``.
     """
     from torch._dynamo.convert_frame import compile_lock
     from torch._inductor import config
@@ -50,15 +58,16 @@ def compiling(options: Options, unproven: Sequence[BatchInvarianceError] = ()) -
             stack.enter_context(compiler_config.patch(cache_key_tag=tag))
             stack.enter_context(config.patch(required_patches()))
         stack.enter_context(_installed())
-        stack.enter_context(_activated(options, unproven))
+        about = {"unproven": unproven, "patches": patches, "floats": floats}
+        stack.enter_context(_activated(options=options, **about))
         stack.enter_context(V.set_choices_handler(BatchInvariantChoices()))
         yield
 
 
 @contextlib.contextmanager
-def _activated(options: Options, unproven: Sequence[BatchInvarianceError]) -> Iterator[None]:
+def _activated(**about: Any) -> Iterator[None]:
     before = vars(_active).copy()
-    _active.options, _active.unproven = options, unproven
+    vars(_active).update(about)
     try:
         yield
     finally:
@@ -118,6 +127,7 @@ def _install_graph_lowering() -> None:
             return stock(*args, **kwargs)
         graph = BatchInvariantGraphLowering(*args, **kwargs)
         graph.options, graph.unproven = options, tuple(_active.unproven)
+        graph.patches, graph.floats = _active.patches, _active.floats
         return graph
 
     _replace(compile_fx, "GraphLowering", lowering)

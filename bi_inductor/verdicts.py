@@ -282,3 +282,21 @@ def _rule_for_python(target: Any) -> Ruling:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return _refusal("higher-order ops are not looked into yet")
     return Ruling(Verdict.INVARIANT)
+
+
+def is_movement(target: Any) -> bool:
+    """True for ops whose results are elements of their inputs, or constants."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    known = _MOVEMENT_PRIMS if target.namespace in ("prims", "inductor_prims") else _MOVEMENT
+    return target._schema.name.split("::")[1] in known
+
+
+def reduced_operand(node: Node) -> tuple[Any, Any] | None:
+    """An operand of an op and the dimensions of it that the op reduces (None: all); None where none is named."""
+    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    if name in _MATMULS:
+        return node.args[_MATMULS[name][0]], [-1]
+    if name in _FLOAT_SUMS or name in _EXACT:
+        return node.args[0], _argument(node, "dim", "dims")
+    return None

@@ -288,3 +288,11 @@ class BatchInvariantCppScheduling(cpp.CppScheduling):
 
     def reset_kernel_group(self) -> None:
         self.kernel_group = OrderedKernelGroup()
+
+    def define_kernel(self, src_code: str, nodes: Any, kernel_args: Any = None) -> str:
+        """As Inductor's; the graph is told which ops are in the kernel, which nothing in its text says."""
+        name = super().define_kernel(src_code, nodes, kernel_args)
+        ops = V.graph.kernel_ops.setdefault(name, set())
+        for node in (part for whole in nodes for part in whole.get_nodes()):
+            ops.update(origin.name for origin in node.node.origins)
+        return name

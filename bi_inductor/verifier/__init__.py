@@ -19,6 +19,7 @@ reads element i of the row is the business of the tests.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable
 
@@ -31,7 +32,28 @@ from .lengths import Forms, Names, Values
 from .triton_kernel import TritonKernel
 from .wrapper import Definition, Wrapper
 
-__all__ = ["Finding", "check", "verify", "verify_settings"]
+__all__ = ["Examination", "ExaminedKernel", "Finding", "check", "examine", "verify", "verify_settings"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExaminedKernel:
+    """A kernel as the verifier read it: its text, the graph nodes that a comment names for it, and ``retraced``:
+    (combine or "chain", length) of the sums and products that were followed in the text and have a form's order.
+    """
+
+    name: str
+    text: str
+    is_triton: bool
+    nodes: frozenset[str]
+    retraced: frozenset[tuple[str, Values]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examination:
+    """What the contract does not allow, in the order of the module's lines, and what was followed."""
+
+    findings: tuple[Finding, ...]
+    kernels: tuple[ExaminedKernel, ...]
 
 
 def verify(source: str, certificate: Certificate | None = None) -> tuple[Finding, ...]:
@@ -40,13 +62,18 @@ def verify(source: str, certificate: Certificate | None = None) -> tuple[Finding
     ``certificate``: of the same graph; by default the one embedded in ``source``. Without one, reduced lengths and
     matrix precisions are not compared with forms.
     """
+    return examine(source, certificate).findings
+
+
+def examine(source: str, certificate: Certificate | None = None) -> Examination:
+    """The same, with what was found to be in order in each kernel."""
     made = certificate or extract(source)
     report = Report("wrapper")
     try:
         wrapper = Wrapper(source, report, made.entries if made else ())
     except SyntaxError as error:
         report.add("parse", error.lineno or 1, str(error))
-        return tuple(report.findings)
+        return Examination(tuple(report.findings), ())
     findings = report.findings
     graph = _Graph(made.entries if made else None)
     for definition in wrapper.definitions:
@@ -58,7 +85,8 @@ def verify(source: str, certificate: Certificate | None = None) -> tuple[Finding
         findings += report.findings
     if wrapper.cpp:
         findings += graph.check_cpp_module(*wrapper.cpp)
-    return tuple(sorted(findings, key=lambda finding: finding.line))
+    ordered = sorted(findings, key=lambda finding: finding.line)
+    return Examination(tuple(ordered), tuple(graph.examined))
 
 
 class _Graph:
@@ -72,6 +100,7 @@ class _Graph:
         self.forms = Forms(entries or ())
         self.chunks: set[Values] = set()
         self.disable_ftz: set[object] = set()
+        self.examined: list[ExaminedKernel] = []
 
     def check_triton(self, definition: Definition, wrapper: Wrapper, report: Report) -> None:
         try:
@@ -90,16 +119,22 @@ class _Graph:
             has_flip = any(entry.op.startswith(("aten.flip", "prims.rev")) for entry in own)
             for arguments in list(wrapper.arguments(definition, kernel.parameters)) or [{}]:
                 kernel.check_lengths(forms if forms.are_any else self.forms, self.chunks, arguments, has_flip)
+        retraced = frozenset(kernel.sums.retraced | kernel.product.retraced)
+        self.examined.append(
+            ExaminedKernel(definition.name, definition.text, True, definition.nodes, retraced)
+        )
 
     def check_cpp(self, definition: Definition, wrapper: Wrapper, report: Report) -> None:
         kernel = CppKernel(definition.text, report)
-        self._check_cpp_kernel(kernel, wrapper.arguments(definition, kernel.parameters))
+        calls = wrapper.arguments(definition, kernel.parameters)
+        self._check_cpp_kernel(kernel, calls, definition.name, definition.text)
 
-    def _check_cpp_kernel(self, kernel: CppKernel, calls: Iterable[Names]) -> None:
+    def _check_cpp_kernel(self, kernel: CppKernel, calls: Iterable[Names], name: str, text: str) -> None:
         kernel.check()
         if self.entries is not None:
             for arguments in list(calls) or [{}]:
                 kernel.check_lengths(self.forms, arguments)
+        self.examined.append(ExaminedKernel(name, text, False, frozenset(), frozenset(kernel.retraced)))
 
     def check_cpp_module(self, text: str, line: int) -> list[Finding]:
         """Findings in the C++ of a module with a C++ wrapper."""
@@ -108,7 +143,7 @@ class _Graph:
         findings = module.report.findings
         for name, source in module.kernels:
             kernel = CppKernel(source, Report(name, module.line_of(source)), with_runtime=False)
-            self._check_cpp_kernel(kernel, module.arguments(name, kernel.parameters))
+            self._check_cpp_kernel(kernel, module.arguments(name, kernel.parameters), name, source)
             findings += kernel.report.findings
         return findings
 
@@ -127,9 +162,10 @@ def verify_settings() -> tuple[Finding, ...]:
     return tuple(report.findings)
 
 
-def check(source: str, certificate: Certificate | None = None) -> None:
+def check(source: str, certificate: Certificate | None = None) -> Examination:
     """Raise BatchInvarianceError for the first finding in ``source`` or in Inductor's settings."""
-    findings = verify_settings() + verify(source, certificate)
+    examination = examine(source, certificate)
+    findings = verify_settings() + examination.findings
     if findings:
         first, more = findings[0], len(findings) - 1
         raise BatchInvarianceError(
@@ -138,3 +174,4 @@ def check(source: str, certificate: Certificate | None = None) -> None:
             + (f" (and {more} more)" if more else ""),
             "please report the graph: this is a bug of batchinv, and nothing was run",
         )
+    return examination

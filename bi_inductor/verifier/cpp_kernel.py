@@ -15,7 +15,7 @@ import re
 from ..codegen.cpp import runtime_source
 from ..templates.cpp_matmul import header_text
 from .finding import Report
-from .lengths import Forms, Names, constant, cpp_values_of, is_constant
+from .lengths import Forms, Names, Values, constant, cpp_values_of, is_constant
 
 _PREFIX = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 _PRAGMA = re.compile(
@@ -127,6 +127,8 @@ class CppKernel:
         self.parameters = [name.lstrip("*&") for name in names]
         #: (combine, line, extent of the reduced loop) of every push.
         self.reduced: list[tuple[str, int, str]] = []
+        #: (combine or "chain", length) of the forms that loops of this kernel were found to have.
+        self.retraced: set[tuple[str, Values]] = set()
         #: Loops over what is left of a reduced loop whose steps are longer than one element.
         self.tails: list[tuple[_Loop, _Loop]] = []
 
@@ -326,12 +328,16 @@ class CppKernel:
                 self._note("loop", tail.line)
         for combine, number, end in self.reduced:
             length = cpp_values_of(end, arguments)
+            if length is not None and (combine, length) in forms.trees:
+                self.retraced.add((combine, length))
             if length is not None and length not in forms.lengths(combine):
                 self._note("length", number, f"no form of this graph reduces {end} elements by {combine}")
         k = arguments.get("k") if self.is_product else None
         lengths = {length for _, length in forms.chains}
         # A constant K may be what guards made of a symbol; no batch size is in it.
         settled = k is not None and is_constant(k) and not all(map(is_constant, lengths))
+        if k is not None and k in lengths:
+            self.retraced.add(("chain", k))
         if k is not None and k not in lengths and not settled:
             self._note("length", 1, "no form of this graph is a chain of this K")
 

@@ -27,6 +27,8 @@ class ChainedProduct:
 
     def __init__(self, kernel: KernelSyntax) -> None:
         self.kernel = kernel
+        #: ("chain", K) of the forms that the product was found to have.
+        self.retraced: set[tuple[str, Values]] = set()
         self.dots = [call for call in kernel.calls if dotted(call.func) == "tl.dot"]
 
     def check(self) -> None:
@@ -102,6 +104,7 @@ class ChainedProduct:
             shown = str(length[0]) if is_constant(length) else "with its symbols"
             self.kernel.note("length", at, f"no form of this kernel is a chain of length K, {shown}")
             return
+        self.retraced.add(("chain", length))
         found = self.kernel.text_of("ACC_TYPE"), self.kernel.text_of("INPUT_PRECISION")
         if found not in {_PRECISIONS.get(accumulator) for accumulator in accumulators}:
             self.kernel.note(

@@ -42,6 +42,8 @@ class OrderedSums:
         #: Lines with a finished sum: (kind, statement, whether + 0.0 follows).
         self.finished: list[tuple[str, ast.stmt, bool]] = []
         self.bounds: list[tuple[int, ast.stmt]] = []
+        #: (kind, length) of the forms that sums of this kernel were found to have, or to be chunks of.
+        self.retraced: set[tuple[str, Values]] = set()
 
     def check(self) -> None:
         """Every line with an ordered helper has one of the shapes above, and they fit together."""
@@ -123,6 +125,8 @@ class OrderedSums:
         for kind, statement, has_zero in self.finished:
             self._check_zero(kind, statement, has_zero, forms)
             is_exact = not has_zero and any(combine == kind for combine, _ in forms.unordered)
+            if not forms.is_open and (kind, length) in forms.trees:
+                self.retraced.add((kind, length))
             if forms.is_open or is_exact or length in forms.lengths(kind):
                 continue
             if length in chunks:
@@ -156,6 +160,7 @@ class OrderedSums:
         }
         if is_power_of_two(length) and longer:
             chunks |= {ceil_div(n, length) for n in longer}
+            self.retraced |= {(kind, n) for n in longer} & forms.trees
         elif is_constant(length) and longer:
             found = f"a chunk of {length[0]} elements is neither a form's length nor a power of two"
             self.kernel.note("block", statement, found)

@@ -1,0 +1,185 @@
+"""``certify``: the certificates of a function, made twice: as it is called, and with the batch size unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from . import certificate as certificate_of
+from . import numerics
+from .certificate import SCHEMA_VERSION, Certificate, Entry
+from .dry_run import DryRun, SpecializedBatchError
+from .numerics import Comparison
+
+ROW_MIXING = "ROW-MIXING"
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchCheck:
+    """What came of compiling once more with the size of dimension ``dim`` of the inputs as a symbol.
+
+    ``holds``: the graph with the symbol is the graph of the example, op for op, so its orders hold for every batch
+    size from 2 on that fulfils ``guards``. ``reason``: why it does not. ``row_mixing``: ops whose reduced length has
+    the symbol in it, as "op form source": by definition they add across rows.
+    """
+
+    dim: int
+    size: int
+    holds: bool
+    reason: str = ""
+    row_mixing: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Certification:
+    """Certificates of all graphs of a function for ``target``, in the order of compilation."""
+
+    target: str
+    certificates: tuple[Certificate, ...]
+    batch: BatchCheck | None = None
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over the graphs' digests: equal digests mean equal bits for equal inputs."""
+        return hashlib.sha256("\n".join(made.digest for made in self.certificates).encode()).hexdigest()
+
+    def same_numerics(self, other: Certification) -> Comparison:
+        """Whether ``other`` computes the same bits from the same inputs, and if not, at which node they part.
+
+        Forward graphs are compared with forward graphs, so a trainer's certification fits its server's.
+        """
+        for is_backward in (False, True):
+            ours, theirs = (
+                [c for c in side.certificates if c.is_backward == is_backward] for side in (self, other)
+            )
+            if is_backward and not (ours and theirs):  # one of them is for inference
+                continue
+            if len(ours) != len(theirs):
+                return Comparison(
+                    f"{len(ours)} graphs against {len(theirs)}: Dynamo cut them at other places"
+                )
+            for a, b in zip(ours, theirs, strict=True):
+                compared = a.same_numerics(b)
+                if not compared:
+                    return compared
+        return Comparison(assuming=tuple(x for made in self.certificates for x in made.floats))
+
+    def to_json(self) -> str:
+        """One JSON object, as ``certificate.schema.json`` describes it."""
+        fields = {
+            "schema": SCHEMA_VERSION,
+            "target": self.target,
+            "digest": self.digest,
+            "batch": dataclasses.asdict(self.batch) if self.batch else None,
+            "certificates": [json.loads(made.to_json()) for made in self.certificates],
+        }
+        return json.dumps(fields, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Certification:
+        """The inverse of ``to_json``. Raises ValueError for what is no such document, or was changed."""
+        try:
+            fields = json.loads(text)
+            batch = fields["batch"] and BatchCheck(**certificate_of.frozen(fields["batch"]))
+            made = tuple(Certificate.from_json(json.dumps(each)) for each in fields["certificates"])
+            read = cls(fields["target"], made, batch)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no certification of batchinv: {error!r}") from error
+        if fields["digest"] != read.digest:
+            raise ValueError("the digest of this certification is not that of its certificates")
+        return read
+
+    def __str__(self) -> str:
+        lines = [f"batchinv certification for {self.target}", f"digest {self.digest}"]
+        if self.batch is not None:
+            lines += _batch_lines(self.batch)
+        return "\n\n".join(["\n".join(lines), *map(str, self.certificates)])
+
+
+def _batch_lines(batch: BatchCheck) -> list[str]:
+    how = f"batch (dimension {batch.dim}, here {batch.size}) as a symbol: "
+    if not batch.holds:
+        return [f"{how}NOT SHOWN: {batch.reason}"]
+    said = "no order depends on it" if not batch.row_mixing else "rows are mixed, by definition, in"
+    narrowed = f" (where {', '.join(batch.guards)})" if batch.guards else ""
+    return [
+        f"{how}the same graph{narrowed}; {said}",
+        *(f"  {ROW_MIXING} {line}" for line in batch.row_mixing),
+    ]
+
+
+def certify(
+    fn: Callable[..., Any],
+    *args: Any,
+    batch_dim: int | None = 0,
+    target: str = "sm_90",
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+    backward: bool = False,
+    **kwargs: Any,
+) -> Certification:
+    """Why ``torch.compile(fn, backend="batchinv")`` cannot depend on the batch, for ``fn(*args, **kwargs)``.
+
+    Code is generated for ``target`` ("cpu" or a GPU, which need not exist), read by the verifier, and not run. With a
+    ``batch_dim``, that dimension of every tensor argument that has the size of the first one's there is the batch;
+    the function is compiled once more with its size as a symbol, and forms that hold the symbol are ROW-MIXING.
+    Other arguments as for ``inspect``. Raises what ``inspect`` raises.
+
+    >>> trained, served = certify(model, x, backward=True), certify(model, x)
+    >>> assert trained.same_numerics(served)
+    """
+    run = DryRun(target, bool(dynamic), options, backward)
+    made = _certificates(run, fn, args, kwargs)
+    if batch_dim is None:
+        return Certification(target, made)
+    size = dataclasses.replace(run, batch_dim=batch_dim).batch_size(args, kwargs)
+    try:
+        symbolic = _certificates(dataclasses.replace(run, batch_dim=batch_dim), fn, args, kwargs)
+    except SpecializedBatchError as error:
+        return Certification(target, made, BatchCheck(batch_dim, size, False, str(error)))
+    batch = _compare_with_symbol(made, symbolic, batch_dim, size)
+    if batch.holds:
+        made = tuple(_marked(*pair) for pair in zip(made, symbolic, strict=True))
+    return Certification(target, made, batch)
+
+
+def _certificates(
+    run: DryRun, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Certificate, ...]:
+    sources, _ = run(fn, args, kwargs)
+    if not sources:
+        raise ValueError(f"{fn} was not compiled at all: Dynamo skips such functions and runs them eagerly")
+    return tuple(made for made in map(certificate_of.extract, sources) if made is not None)
+
+
+def _compare_with_symbol(
+    made: tuple[Certificate, ...], symbolic: tuple[Certificate, ...], dim: int, size: int
+) -> BatchCheck:
+    if len(made) != len(symbolic):
+        return BatchCheck(dim, size, holds=False, reason=f"{len(made)} graphs against {len(symbolic)}")
+    for ours, theirs in zip(made, symbolic, strict=True):
+        compared = numerics.compare(ours, theirs)
+        if not compared:
+            return BatchCheck(dim, size, holds=False, reason=compared.reason)
+    mixing = (entry for each in symbolic for entry in each.entries if entry.example)
+    guards = dict.fromkeys(guard for each in symbolic for guard in each.guards)
+    return BatchCheck(dim, size, True, "", tuple(dict.fromkeys(map(_shown, mixing))), tuple(guards))
+
+
+def _shown(entry: Entry) -> str:
+    return " ".join(filter(None, [entry.op, entry.form, entry.source]))
+
+
+def _marked(made: Certificate, symbolic: Certificate) -> Certificate:
+    """``made`` with ROW-MIXING for the ops whose form has a symbol in ``symbolic``: the same graph, op for op."""
+    pairs = zip(numerics.computing(made), numerics.computing(symbolic), strict=True)
+    mixing = {ours.name for ours, theirs in pairs if theirs.example}
+    entries = tuple(
+        dataclasses.replace(entry, verdict=ROW_MIXING) if entry.name in mixing else entry
+        for entry in made.entries
+    )
+    return dataclasses.replace(made, entries=entries)

@@ -13,6 +13,7 @@ kernels that compute them under any schedule.
     SCAN   cumsum, cumprod: a prefix of m elements is the left-to-right fold of the aligned blocks of m's
            binary digits, highest first, each a TREE. It depends on m alone, not on the length.
     CHAIN  matrix products: one accumulator per output element, k ascending from 0.
+    GROUP  grouped products whose groups are stretches of K: a CHAIN over each group's own rows.
     CHUNKS fp8 products: a chain for each 128 of K, and their sums added left to right in fp32.
     EXACT  max, min, any, all, arg*, integer sums: no order can change the result.
     DRAWN  random numbers: by seed and position.
@@ -72,6 +73,11 @@ class Chain(Form):
     """One accumulator, ``length`` products added in ascending order, one rounding at the end."""
 
     length: Length
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupChain(Form):
+    """A Chain over the rows of a group, ascending from its first; how many they are, the data says at run time."""
 
 
 @dataclasses.dataclass(frozen=True)

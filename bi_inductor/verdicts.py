@@ -211,6 +211,25 @@ def _fp8_family(device: torch.device) -> str | None:
     return fp8_family(DeviceProperties.create(device).cc)
 
 
+@_special("grouped_rows")
+def _grouped_rows(node: Node) -> Ruling:
+    a = _value(node.args[0])
+    return Ruling(Verdict.CANONICAL, contract.matmul_form(_length(a.shape[-1:]), a.dtype))
+
+
+@_special("grouped_depth")
+def _grouped_depth(node: Node) -> Ruling:
+    return Ruling(Verdict.CANONICAL, contract.GroupChain(contract.accumulator_of(_value(node.args[0]).dtype)))
+
+
+@_special("_scaled_grouped_mm", "_scaled_grouped_mm_v2")
+def _scaled_grouped_mm(node: Node) -> Ruling:
+    return _refusal(
+        "grouped products of fp8 matrices have no canonical form yet",
+        "multiply the groups in bfloat16 with torch._grouped_mm, or one by one with torch._scaled_mm",
+    )
+
+
 @_special("_scaled_mm", "_scaled_mm_v2")
 def _scaled_mm(node: Node) -> Ruling:
     """What the decompositions could not express."""

@@ -23,6 +23,15 @@ def _scaled(**options):
     return lambda a, b, x, y: torch._scaled_mm(a, b, x, y, out_dtype=torch.bfloat16, **options)
 
 
+def _grouped(a, b, ends):
+    return torch._grouped_mm(a, b, offs=ends)
+
+
+def BF(*shape):
+    return R(shape).bfloat16()
+
+
+ENDS = torch.tensor([3, 3, 17, 17, 38], dtype=torch.int32)
 BASES = {
     "held": (lambda x: F.rms_norm(x, (4096,)), (R(8, 4096, dtype=torch.bfloat16),), {}),
     "product of elements": (lambda x: (1 + x / 9).prod(-1), (R(8, 300),), {}),
@@ -39,6 +48,10 @@ BASES = {
     "fp8 matmul": (_scaled(), (*FP8, R(1), R(1)), {}),
     "fast fp8 matmul": (_scaled(use_fast_accum=True), (*FP8, R(1), R(1)), {}),
     "fp8 matmul of blocks": (_scaled(), (*FP8, R(5, 3), R(3, 1)), {}),
+    "grouped rows": (_grouped, (BF(40, 72), BF(5, 72, 24), ENDS), {}),
+    "grouped depth": (_grouped, (BF(32, 40), BF(40, 24), ENDS), {}),
+    "cpu grouped rows": (_grouped, (BF(40, 72), BF(5, 72, 24), ENDS), {"target": "cpu"}),
+    "cpu grouped depth": (_grouped, (BF(32, 40), BF(40, 24), ENDS), {"target": "cpu"}),
     "cpu softmax": (lambda x: x.softmax(-1), (R(8, 4099),), {"target": "cpu"}),
     "cpu columns": (lambda x: x.sum(0), (R(600, 256),), {"target": "cpu"}),
     "cpu dynamic sum": (lambda x: x.sum(-1), (R(8, 3000),), {"target": "cpu", "dynamic": True}),
@@ -288,6 +301,36 @@ CORRUPTIONS = {
         False,
     ),
     "half of an int8 product": Corruption("int8 matmul", "length", r"\bK = 70", "K = 35"),
+    # grouped products
+    "rows of another group": Corruption(
+        "grouped rows", "dot", r"\(group - 1\) \* \(1\), mask=before", "(group - 2) * (1), mask=before", False
+    ),
+    "rows of another start": Corruption(
+        "grouped rows",
+        "dot",
+        r"starts = tl\.minimum\(tl\.where\(group <= groups, last_end, M\), ends\)",
+        "starts = ends",
+    ),
+    "a sum of values": Corruption(
+        "grouped rows", "reduction", r"first_row = tl\.sum\(.*\)", "first_row = tl.sum(acc, 0)", False
+    ),
+    "steps that follow the rows": Corruption(
+        "grouped rows",
+        "dot",
+        r"steps = tl\.where\(mine < groups, tl\.cdiv\(K,",
+        "steps = tl.where(mine < groups, tl.cdiv(M,",
+    ),
+    "half of a grouped K": Corruption("grouped rows", "length", r"\bK = 72", "K = 36"),
+    "k from the start of all groups": Corruption(
+        "grouped depth", "dot", r"A \+= first_k\.to\(INDEX_DTYPE\) \* stride_ak", "A += 0", False
+    ),
+    "k of all groups before": Corruption("grouped depth", "dot", r"K = last_k - first_k", "K = last_k"),
+    "a product that is not grouped": Corruption(
+        "cpu grouped rows", "length", r"bi_gemm::run_row_groups<", "bi_gemm::run_depth_groups<", False
+    ),
+    "rows for depth": Corruption(
+        "cpu grouped depth", "length", r"bi_gemm::run_depth_groups<", "bi_gemm::run_row_groups<", False
+    ),
     # the wrapper
     "extern mm": Corruption(
         "matmul", "extern", r"( +)(\w+)\.run\((\w+), (\w+), (\w+),.*", r"\1extern_kernels.bmm(\3, \4, out=\5)"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bi_inductor.decompositions import convolution, integer, order, scaled, scatter
+from bi_inductor.decompositions import convolution, grouped, integer, order, scaled, scatter
 from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
 
 aten = torch.ops.aten
@@ -51,6 +51,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **_MATMUL_FAMILY,
         **integer.TABLE,
         **scaled.TABLE,
+        **grouped.TABLE,
         **convolution.TABLE,
         **scatter.TABLE,
         **order.TABLE,

@@ -11,11 +11,12 @@ from typing import Any
 def table() -> dict[Any, Callable[..., Any]]:
     """Op overload -> lowering. Built on first use, since importing Inductor's lowerings takes a second."""
     from .. import ops
-    from . import matmul, quantized, segments
+    from . import grouped, matmul, quantized, segments
 
     return {
         **matmul.LOWERINGS,
         **quantized.LOWERINGS,
+        **grouped.LOWERINGS,
         ops.segment_tree: segments.segment_tree,
         ops.block_scan: segments.block_scan,
         ops.row_major: segments.row_major,

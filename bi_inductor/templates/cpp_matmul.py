@@ -32,7 +32,7 @@ from torch.utils._ordered_set import OrderedSet
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _SOURCES = Path(__file__).parent.parent / "runtime" / "cpp"
-_HEADERS = ("gemm_vector.h", "gemm_pack.h", "gemm_product.h", "gemm_row.h", "gemm.h")
+_HEADERS = ("gemm_vector.h", "gemm_pack.h", "gemm_product.h", "gemm_row.h", "gemm.h", "gemm_groups.h")
 
 # Every operand is passed as a pointer and four integers; batch, M, N and K follow.
 _LAYOUT_ARGUMENTS = ("offset", "batch", "row", "col")
@@ -163,23 +163,26 @@ class ChainMatmulKernel(CppTemplateKernel):
         self.args.output_buffers[buffer.get_name()] = "output"
 
     def source(self) -> str:
-        operands = self.buffer.operands
         definitions, _, _ = self.args.cpp_argdefs()
-        matrices = [self._matrix(name, operand) for name, operand in operands.items()]
-        if "bias" not in operands:
-            matrices.append("{nullptr, 0, 0, 0}")
-        matrices.append("{output, m * n, n, 1}")
         return "\n".join(
             [
                 header_text(),
                 f'extern "C" void {self.kernel_name}({", ".join(definitions)})',
                 "{",
                 *(f"    {line}" for line in self._spec()),
-                f"    bi_gemm::run<Spec>({{{', '.join(matrices)}, batches, m, n, k}}, {config.cpp.threads});",
+                f"    {self._call()}",
                 "}",
                 "",
             ]
         )
+
+    def _call(self) -> str:
+        operands = self.buffer.operands
+        matrices = [self._matrix(name, operand) for name, operand in operands.items()]
+        if "bias" not in operands:
+            matrices.append("{nullptr, 0, 0, 0}")
+        matrices.append("{output, m * n, n, 1}")
+        return f"bi_gemm::run<Spec>({{{', '.join(matrices)}, batches, m, n, k}}, {config.cpp.threads});"
 
     def _matrix(self, name: str, operand: ir.IRNode) -> str:
         pointer = self.args.input_buffers[operand.get_name()]
@@ -228,4 +231,4 @@ def _literal(value: bool | float) -> str:
 def header_text() -> str:
     """The C++ every kernel inlines: the headers in the order of their use, without their own includes."""
     text = "\n".join((_SOURCES / name).read_text() for name in _HEADERS)
-    return re.sub(r'^#include "gemm_\w+\.h"\n', "", text, flags=re.MULTILINE)
+    return re.sub(r'^#include "gemm(?:_\w+)?\.h"\n', "", text, flags=re.MULTILINE)

@@ -85,7 +85,11 @@ _WORDS = """alignas alignof arange blendv cast catch decltype defined double flo
 _SPECIAL = re.compile(r"(?:calc_|spherical_bessel_|(?:modified_)?bessel_|[a-z_]+_polynomial_|scaled_)\w+")
 _ALLOWED = {"std": frozenset(_STD), "at::vec": frozenset(_VECTORS), "batchinv": frozenset(_OURS)}
 _ALLOWED |= {"c10": frozenset(["bit_cast", "convert", "div_floor_integer", "div_mod", "BFloat16", "Half"])}
-_ALLOWED |= {"at": frozenset(["BFloat16", "Half"]), "bi_gemm": frozenset(["run"]), "": frozenset(_WORDS)}
+_ALLOWED |= {
+    "at": frozenset(["BFloat16", "Half"]),
+    "bi_gemm": frozenset(["run", "run_depth_groups", "run_row_groups"]),
+    "": frozenset(_WORDS),
+}
 _REDUCTIONS = re.compile(
     r"cascade_sum|welford|reduce_add|vec_reduce_all|accumulate|inner_product|transform_reduce|cumsum"
 )
@@ -332,7 +336,10 @@ class CppKernel:
                 self.retraced.add((combine, length))
             if length is not None and length not in forms.lengths(combine):
                 self._note("length", number, f"no form of this graph reduces {end} elements by {combine}")
-        k = arguments.get("k") if self.is_product else None
+        has_groups_of_k = "run_depth_groups" in self.text
+        if has_groups_of_k and not forms.group_chains:
+            self._note("length", 1, "no form of this graph is a chain over the rows of a group")
+        k = arguments.get("k") if self.is_product and not has_groups_of_k else None
         lengths = {length for _, length in forms.chains}
         # A constant K may be what guards made of a symbol; no batch size is in it.
         settled = k is not None and is_constant(k) and not all(map(is_constant, lengths))

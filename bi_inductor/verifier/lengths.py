@@ -30,7 +30,7 @@ _REDUCTION = re.compile(r"(Tree|Exact)\(\w+, ([^,]+), (.+)\)")
 _CHAIN = re.compile(r"Chain\(([\w/]+), (.+)\)")
 _CHUNKS = re.compile(r"(Scaled)?Chunks\(([\w/]+), (.+), (\d+)\)")
 #: Forms whose kernels reduce no axis: what they add is written out, element by element.
-_WITHOUT_LENGTH = ("Drawn", "Scan", "Segments")
+_WITHOUT_LENGTH = ("Drawn", "GroupChain", "Scan", "Segments")
 
 
 def _exact_power(base: int, exponent: int) -> int:
@@ -135,6 +135,8 @@ class Forms:
         self.unordered: set[tuple[str, Values]] = set()
         self.chains: set[tuple[str, Values]] = set()
         self.chunked: set[tuple[str, Values, int, bool]] = set()
+        #: Accumulators of chains over the rows that a group turns out to have.
+        self.group_chains: set[str] = set()
         #: True if a form or its length could not be read: then no claim is made about lengths.
         self.is_open = False
         for form in {entry.form for entry in entries} - {""}:
@@ -145,6 +147,8 @@ class Forms:
         found = (chain and chain[2]) or (reduction and reduction[3]) or (chunked and chunked[3])
         length = _form_length(found or "?")
         if form.startswith(_WITHOUT_LENGTH):
+            if form.startswith("GroupChain("):
+                self.group_chains.add(form.removeprefix("GroupChain(").removesuffix(")"))
             return
         if length is None:
             self.is_open = True
@@ -158,7 +162,8 @@ class Forms:
     @property
     def are_any(self) -> bool:
         """True if there is a form that reduces something."""
-        return bool(self.trees or self.unordered or self.chains or self.chunked or self.is_open)
+        products = self.chains or self.chunked or self.group_chains
+        return bool(self.trees or self.unordered or products or self.is_open)
 
     def lengths(self, combine: str) -> set[Values]:
         """Lengths that ``combine`` runs over."""

@@ -8,6 +8,7 @@ import re
 from .finding import Report
 from .lengths import Forms, Names, Values
 from .syntax import KernelSyntax, assigned, carried, dotted
+from .triton_grouped import GroupedProduct
 from .triton_product import ChainedProduct
 from .triton_quantized import QuantizedProduct
 from .triton_sums import OrderedSums
@@ -76,11 +77,17 @@ _AXIS = {
     "RBLOCK": re.compile(r"R0_BLOCK"),
 }
 _REDUCED_LOOP = re.compile(r"for r0_offset in tl\.range\(0, r0_numel, R0_BLOCK(?:, num_stages=\d+)?\):")
-_CHAIN_LOOP = "for step in tl.range(0, tl.cdiv(K, BLOCK_K)):"
 #: An extremum or a disjunction of the value carried through a loop: no order can change it.
 _EXACT_STEP = (
     r"(?:triton_helpers\.f?m(?:ax|in)imum(?:_with_index)?|tl\.m(?:ax|in)imum)\(\s*{name}, .*|{name} [|^] \w+"
 )
+
+
+def _product_of(kernel: KernelSyntax) -> ChainedProduct:
+    """The rules for the matrix product of ``kernel``, which may have none."""
+    if "ENDS" in kernel.assignments:
+        return GroupedProduct(kernel)
+    return (ChainedProduct if "INPUT_PRECISION" in kernel.assignments else QuantizedProduct)(kernel)
 
 
 class TritonKernel(KernelSyntax):
@@ -90,7 +97,7 @@ class TritonKernel(KernelSyntax):
         super().__init__(source, report)
         self.flags: dict[str, ast.Constant] = {}
         self.sums = OrderedSums(self)
-        self.product = (ChainedProduct if "INPUT_PRECISION" in self.assignments else QuantizedProduct)(self)
+        self.product = _product_of(self)
 
     def check(self) -> None:
         """Everything but lengths, which need the wrapper and the forms."""
@@ -171,7 +178,8 @@ class TritonKernel(KernelSyntax):
         if "atomic" in name:
             self.note("atomic", node)
         elif owner in CALLS and function in REDUCTIONS:
-            self.note("reduction", node)
+            if not self.product.is_exact_sum(node):
+                self.note("reduction", node)
         elif owner.split(".")[0] in _RESERVED - {""} or not isinstance(node.func, ast.Attribute):
             self.note("call", node)
         elif node.func.attr not in METHODS:
@@ -186,7 +194,7 @@ class TritonKernel(KernelSyntax):
             self.note("division", node)
 
     def _check_loop(self, loop: ast.For) -> None:
-        is_chain = self.line(loop) == _CHAIN_LOOP and bool(self.product.dots)
+        is_chain = self.line(loop) == self.product.loop and bool(self.product.dots)
         if not is_chain and not _REDUCED_LOOP.fullmatch(self.line(loop)):
             self.note("loop", loop)
         for statement in loop.body:

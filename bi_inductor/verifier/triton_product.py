@@ -24,6 +24,8 @@ class ChainedProduct:
 
     #: The statement that adds products.
     dot = _DOT
+    #: The loop over k.
+    loop = "for step in tl.range(0, tl.cdiv(K, BLOCK_K)):"
 
     def __init__(self, kernel: KernelSyntax) -> None:
         self.kernel = kernel
@@ -55,6 +57,10 @@ class ChainedProduct:
     def _end(self) -> str:
         """What follows the sums, once."""
         return " + 0.0"
+
+    def is_exact_sum(self, call: ast.Call) -> bool:
+        """True for a reduction that no order can change, as a grouped product needs it."""
+        return False
 
     def is_step(self, name: str, statement: ast.stmt) -> bool:
         """True if ``statement``, in the loop over k, may change the carried ``name``."""

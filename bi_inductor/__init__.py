@@ -16,9 +16,11 @@ _PUBLIC = {
     "OptionError": "errors",
     "OrderError": "errors",
     "SumTree": "sum_tree",
+    "Variant": "variants",
     "assert_batch_invariant": "testing",
     "certificates": "certificate",
     "certify": "certification",
+    "compare": "comparison",
     "inspect": "inspection",
     "reveal_order": "orders",
 }

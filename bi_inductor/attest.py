@@ -30,6 +30,7 @@ def attest(graph: BatchInvariantGraphLowering, source: str) -> Certificate:
         entries=_entries(graph, example),
         kernels=(),
         inputs=entries.tensor_inputs(graph.module.graph, example),
+        outputs=entries.outputs(graph.module.graph),
         target=target_of(graph),
         environment=_environment(graph),
         floats=tuple(sorted(example.floats.items())),

@@ -108,15 +108,16 @@ class Environment:
 class Certificate:
     """One compiled graph: its ops in the order of the graph, its kernels, and what its bits depend on beside them.
 
-    ``inputs``: names of its tensor inputs, in the order in which the function first uses them. ``floats``: inputs
-    that hold one Python float, with the values of the example; the entries have these as constants. ``guards``:
-    conditions on the symbols of a dynamic graph, without which another graph would be compiled. ``target``: "cpu" or
-    "cuda".
+    ``inputs``: names of its tensor inputs, in the order in which the function first uses them. ``outputs``: of what it
+    returns to the user (of a backward graph, all). ``floats``: inputs that hold one Python float, with the values of
+    the example; the entries have these as constants. ``guards``: conditions on the symbols of a dynamic graph, without
+    which another graph would be compiled. ``target``: "cpu" or "cuda".
     """
 
     entries: tuple[Entry, ...]
     kernels: tuple[Kernel, ...]
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     target: str
     environment: Environment
     is_backward: bool = False
@@ -125,13 +126,13 @@ class Certificate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what the graph computes: every op with its form at the example's lengths, its dtype, its
-        constants, and what it reads through which data movement.
+        """sha256 (hex) of what the graph returns: every op behind it with its form at the example's lengths, its
+        dtype, its constants, and what it reads through which data movement.
 
-        Sizes are not in it, so it is equal for every batch size; neither are names, weights, nor the order of ops.
+        Sizes are not in it, so it is equal for every batch size; neither are names, weights, the order of ops, nor what
+        a training graph saves for its backward.
         """
-        digests = sorted(numerics.digests(self))
-        return hashlib.sha256(repr((self.target, digests)).encode()).hexdigest()
+        return numerics.fingerprint(self)
 
     @property
     def digest(self) -> str:

@@ -120,6 +120,7 @@ def certify(
     dynamic: bool | None = None,
     options: dict[str, Any] | None = None,
     backward: bool = False,
+    ir: bool = False,
     **kwargs: Any,
 ) -> Certification:
     """Why ``torch.compile(fn, backend="batchinv")`` cannot depend on the batch, for ``fn(*args, **kwargs)``.
@@ -176,8 +177,8 @@ def _shown(entry: Entry) -> str:
 
 def _marked(made: Certificate, symbolic: Certificate) -> Certificate:
     """``made`` with ROW-MIXING for the ops whose form has a symbol in ``symbolic``: the same graph, op for op."""
-    pairs = zip(numerics.computing(made), numerics.computing(symbolic), strict=True)
-    mixing = {ours.name for ours, theirs in pairs if theirs.example}
+    alike, _, _ = numerics.pairs(made, symbolic)
+    mixing = {ours.entry.name for ours, theirs in alike if theirs.entry.example}
     entries = tuple(
         dataclasses.replace(entry, verdict=ROW_MIXING) if entry.name in mixing else entry
         for entry in made.entries

@@ -63,6 +63,16 @@ def tensor_inputs(graph: torch.fx.Graph, example: Example) -> tuple[str, ...]:
     )
 
 
+def outputs(graph: torch.fx.Graph) -> tuple[str, ...]:
+    """Names of the tensors that are returned to the user; all outputs where nothing says which these are."""
+    (node,) = [node for node in graph.nodes if node.op == "output"]
+    returned = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+    visible = node.meta.get("user_visible_output_idxs", range(len(returned)))
+    return tuple(
+        returned[k].name for k in visible if isinstance(returned[k], Node) and _is_tensor(returned[k])
+    )
+
+
 def float_inputs(graph: torch.fx.Graph, values: Mapping[int, float]) -> dict[str, float]:
     """Names of inputs that hold one Python float each; ``values``: by position in the graph that Dynamo made."""
     found = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
 
 _OPS = ("aten.", "prims.", "inductor_prims.", "bi_inductor.")
 _WITH_LENGTH = ("Chain(", "Exact(", "Tree(")
-_LONGEST_SPELLED = 300
-#: What an op reads, spelled out as far as the ops that compute: "input 0", "#3" (the fourth of them), ...
+_LONGEST_SHOWN = 300
+_IN_PLACE = re.compile(r"_\.\w+$")  # aten.copy_.default
+#: What an op reads: "input 0", an op that computes, or elements moved from there.
 _Reads: TypeAlias = tuple[str, ...]
 
 #: Elements stay where they are; only the shape or the memory changes, and that may follow the batch size.
@@ -71,65 +71,95 @@ def is_movement(entry: Entry) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """An op that computes, with its inputs spelled out."""
+    """An op that computes: ``digest`` of it and of everything behind it, and what it reads, to be shown."""
 
     entry: Entry
+    digest: str
     reads: _Reads
 
-    @property
-    def what(self) -> tuple[object, ...]:
-        entry = self.entry
-        verdict = (
-            "CANONICAL" if entry.verdict == "ROW-MIXING" else entry.verdict
-        )  # a remark, not another order
-        return entry.op, verdict, entry.example or entry.form, entry.dtype, entry.constants
 
-    def is_like(self, other: _Step) -> bool:
-        """Equal but for lengths of which one is a symbol."""
-        ours, theirs = self.what, other.what
-        same_form = _same_form(self.entry.form, other.entry.form)
-        return self.reads == other.reads and same_form and ours[:2] + ours[3:] == theirs[:2] + theirs[3:]
+def _digests(certificate: Certificate, *, with_lengths: bool = True) -> tuple[dict[str, str], list[_Step]]:
+    """(name of a tensor -> digest of it and of everything behind it, the ops that compute in the graph's order).
 
-
-def _steps(certificate: Certificate, name: Callable[[int, _Step], str]) -> Iterator[_Step]:
-    """The ops that compute, in order; ``name`` is what later ones call them in their ``reads``."""
-    meaning = {tensor: f"input {number}" for number, tensor in enumerate(certificate.inputs)}
-    count = 0
+    Without lengths a form is its kind and accumulator alone.
+    """
+    digests = {tensor: f"input {number}" for number, tensor in enumerate(certificate.inputs)}
+    shown = dict(digests)
+    steps = []
     for entry in certificate.entries:
-        reads = tuple(meaning.get(tensor, tensor) for tensor in entry.inputs)
+        reads, names = (tuple(known.get(x, x) for x in entry.inputs) for known in (digests, shown))
         if not is_movement(entry):
-            step = _Step(entry, reads)
-            meaning[entry.name] = name(count, step)
-            count += 1
-            yield step
+            digest = _sha((_what(entry, with_lengths), reads))
+            digests[entry.name], shown[entry.name] = digest, entry.name
+            steps.append(_Step(entry, digest, names))
         elif entry.moves:
-            meaning[entry.name] = _moved(entry, reads)
+            digests[entry.name] = _sha(_moved(entry, reads))
+            shown[entry.name] = _moved(entry, names)[:_LONGEST_SHOWN]
         elif reads:  # a view, or a copy of its last operand
-            meaning[entry.name] = reads[-1]
+            digests[entry.name], shown[entry.name] = reads[-1], names[-1]
+    return digests, steps
+
+
+def _what(entry: Entry, with_lengths: bool) -> tuple[object, ...]:
+    verdict = "CANONICAL" if entry.verdict == "ROW-MIXING" else entry.verdict  # a remark, not another order
+    form = entry.example or entry.form
+    if form.startswith(_WITH_LENGTH) and not with_lengths:
+        form = form.rpartition(", ")[0]
+    return entry.op, verdict, form, entry.dtype, entry.constants
 
 
 def _moved(entry: Entry, reads: _Reads) -> str:
-    what = " ".join([entry.moves, *entry.constants])
-    text = f"{what} [{', '.join(reads)}]"
-    return text if len(text) <= _LONGEST_SPELLED else f"{what} [{_sha(text)}]"
+    return f"{' '.join([entry.moves, *entry.constants])} [{', '.join(reads)}]"
 
 
 def _sha(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def digests(certificate: Certificate) -> list[str]:
-    """For each op that computes a hash of it and of everything behind it, in the order of the graph."""
+def fingerprint(certificate: Certificate) -> str:
+    """sha256 of what the graph returns and writes, and of everything behind it."""
+    known = _digests(certificate)[0]
+    returned = [known.get(name, name) for name in certificate.outputs]
+    written = sorted(known.get(entry.inputs[-1], "") for entry in _writes(certificate))
+    return _sha((certificate.target, returned, written))
 
-    def digest(number: int, step: _Step) -> str:
-        return _sha((step.what, step.reads))
 
-    return [digest(0, step) for step in _steps(certificate, digest)]
+def _writes(certificate: Certificate) -> list[Entry]:
+    """Ops that write into an input."""
+    return [entry for entry in certificate.entries if _IN_PLACE.search(entry.op) and entry.inputs]
 
 
-def computing(certificate: Certificate) -> list[Entry]:
-    """The entries of ops that compute, in the order of the graph."""
-    return [entry for entry in certificate.entries if not is_movement(entry)]
+def _reached(certificate: Certificate) -> set[str]:
+    """Names of the entries that outputs or written inputs depend on: not what a training graph saves besides."""
+    inputs = {entry.name: entry.inputs for entry in certificate.entries}
+    pending = [*certificate.outputs, *(entry.name for entry in _writes(certificate))]
+    reached: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name in inputs and name not in reached:
+            reached.add(name)
+            pending += inputs[name]
+    return reached
+
+
+def pairs(a: Certificate, b: Certificate) -> tuple[list[tuple[_Step, _Step]], list[_Step], list[_Step]]:
+    """Ops of two graphs that are alike but for lengths, and what is left of each. Independent ops have no order."""
+    ours, theirs = (
+        [s for s in _digests(made, with_lengths=False)[1] if s.entry.name in _reached(made)]
+        for made in (a, b)
+    )
+    waiting: dict[str, list[_Step]] = {}
+    for step in theirs:
+        waiting.setdefault(step.digest, []).append(step)
+    alike, left = [], []
+    for step in ours:
+        partners = waiting.get(step.digest)
+        if partners:
+            alike.append((step, partners.pop(0)))
+        else:
+            left.append(step)
+    over = {id(step) for partners in waiting.values() for step in partners}
+    return alike, left, [step for step in theirs if id(step) in over]
 
 
 def _same_form(a: str, b: str) -> bool:
@@ -148,29 +178,34 @@ def compare(a: Certificate, b: Certificate) -> Comparison:
     unlike = a.environment.difference(b.environment)
     if unlike:
         return Comparison(f"the promise holds within one architecture and versions: {unlike}")
-    ours, theirs = ([*_steps(made, lambda number, _: f"#{number}")] for made in (a, b))
-    for left, right in zip(ours, theirs, strict=False):
-        if not left.is_like(right):
+    alike, ours, theirs = pairs(a, b)
+    for left, right in alike:
+        if not _same_form(left.entry.form, right.entry.form):
             return Comparison(_reason(left, right), left.entry, right.entry)
-    if len(ours) != len(theirs):
-        more = (ours if len(ours) > len(theirs) else theirs)[min(len(ours), len(theirs))]
-        side = "a" if len(ours) > len(theirs) else "b"
-        return Comparison(
-            f"{side} goes on where the other ends, at {more.entry.name}",
-            more.entry if side == "a" else None,
-            more.entry if side == "b" else None,
-        )
-    unproven = next((step.entry for step in ours if step.entry.verdict == "UNPROVEN"), None)
+    if ours and theirs:
+        return Comparison(_reason(ours[0], theirs[0]), ours[0].entry, theirs[0].entry)
+    if ours or theirs:
+        more, side = (ours, "a") if ours else (theirs, "b")
+        sides = (more[0].entry, None) if ours else (None, more[0].entry)
+        return Comparison(f"{side} goes on where the other ends, at {more[0].entry.name}", *sides)
+    if _results(a) != _results(b):
+        return Comparison(f"{len(a.outputs)} results against {len(b.outputs)}, or in another order")
+    unproven = next((entry for entry in a.entries if entry.verdict == "UNPROVEN"), None)
     if unproven is not None:
         return Comparison(f"nothing is known about {unproven.op}: it is UNPROVEN", unproven, None)
     return Comparison(assuming=tuple(dict.fromkeys(a.floats + b.floats)))
+
+
+def _results(made: Certificate) -> list[str]:
+    known, _ = _digests(made, with_lengths=False)
+    return [known.get(name, name) for name in made.outputs]
 
 
 def _reason(left: _Step, right: _Step) -> str:
     a, b = left.entry, right.entry
     if a.op != b.op:
         return f"{a.op} against {b.op}"
-    if left.what[1] != right.what[1]:
+    if _what(a, True)[1] != _what(b, True)[1]:
         return f"{a.op} is {a.verdict} against {b.verdict}"
     if not _same_form(a.form, b.form):
         return f"the order of {a.op} is {a.form} against {b.form}"

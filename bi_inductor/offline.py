@@ -39,6 +39,12 @@ class CompiledKernel:
         """True if values did not fit in registers (or are indexed) and live on the stack of a thread."""
         return self.stack_bytes > 0
 
+    def resources(self) -> dict[str, Any]:
+        """What the kernel needs, as plain values: per thread ``registers`` and ``stack_bytes`` (spilled values live
+        there), per program ``num_warps`` and ``shared_bytes``."""
+        names = ("name", "target", "config", "num_warps", "registers", "stack_bytes", "shared_bytes")
+        return {**{name: getattr(self, name) for name in names}, "spills": self.spills}
+
     def __str__(self) -> str:
         return (
             f"{self.name} ({self.config}) for {self.target}: {self.registers} registers, "

@@ -169,7 +169,7 @@ DIFFERENT = {
     "order of operands": (
         lambda x, y: x.exp() - y,
         lambda x, y: torch.rsub(x.exp(), y),
-        "reads #0, input 1 against",
+        "reads exp, input 1 against",
     ),
     "dimension": (lambda x, y: x.sum(0), lambda x, y: x.sum(1), "constants"),
     "transposed": (lambda x, y: x @ y, lambda x, y: x @ y.t(), "permute"),

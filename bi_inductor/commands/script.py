@@ -56,6 +56,21 @@ def add_batches(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """What code is generated for, and how."""
+    parser.add_argument("--target", default="sm_90", help="cpu, sm_80, sm_86, sm_89, sm_90 or sm_100")
+    parser.add_argument("--dynamic", action="store_true", help="compile with dynamic shapes")
+    parser.add_argument("--backward", action="store_true", help="training: forward and backward graphs")
+
+
+def check_target(target: str) -> None:
+    """Raise OptionError for an unknown target, before anything takes time."""
+    from bi_inductor.targets import find_target
+
+    if target != "cpu":
+        find_target(target)
+
+
 def batches(text: str) -> list[int]:
     """``1,64`` as numbers; raises CommandError."""
     try:

@@ -15,6 +15,7 @@ kernels that compute them under any schedule.
     CHAIN  matrix products: one accumulator per output element, k ascending from 0.
     GROUP  grouped products whose groups are stretches of K: a CHAIN over each group's own rows.
     CHUNKS fp8 products: a chain for each 128 of K, and their sums added left to right in fp32.
+    ATTENTION  on a GPU: keys ascending in tiles and chunks that no size but the head dim's enters.
     EXACT  max, min, any, all, arg*, integer sums: no order can change the result.
     DRAWN  random numbers: by seed and position.
 """
@@ -94,6 +95,21 @@ class ScaledChunks(Chunks):
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention(Form):
+    """A query row over ascending keys, in tiles of ``tile`` keys from key 0; see ``runtime/attention.py``.
+
+    Each chunk, a chain of tiles, has its own running maximum (an integer in log2 units), sum and accumulator; chunks
+    are joined from left to right: chunks of ``near_chunk`` keys up to key ``near_keys``, then of ``far_chunk`` keys.
+    Scores and sums are fp32; probabilities are rounded to the dtype of the values, and so is the result, once.
+    """
+
+    tile: int
+    near_chunk: int
+    near_keys: int
+    far_chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Exact(Form):
     """Order-free: the result is the same bits whatever the order."""
 
@@ -162,3 +178,21 @@ def fp8_matmul_form(
 def matmul_form(length: Length, dtype: Any, *, tf32: bool = False) -> Form:
     """The form of a matrix product with inner dimension ``length`` and operands of ``dtype``."""
     return Chain("tf32/float32" if tf32 else accumulator_of(dtype), length)
+
+
+#: Chunks that decoding computes side by side. The near ones are short, so that one sequence of a few thousand keys
+#: fills a GPU; the far ones are long, since prefill pays for each border (H100, 8192 causal: 2 % of the time for 9).
+_NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK = 512, 8192, 2048
+
+
+def attention_form(head_dim: int, value_dim: int, dtype: Any, *, tf32: bool = False) -> Attention | None:
+    """The form of attention over heads of these sizes on a GPU, or None where there is none (fp64; wide heads)."""
+    name = str(dtype).removeprefix("torch.")
+    widest = max(head_dim, value_dim)
+    if name not in ("bfloat16", "float16", "float32") or not 0 < widest <= 256:
+        return None
+    tile = 64 if widest <= 128 else 32
+    accumulator = "tf32/float32" if tf32 and name == "float32" else "float32"
+    return Attention(
+        accumulator, tile // 2 if name == "float32" else tile, _NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK
+    )

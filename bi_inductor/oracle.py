@@ -9,6 +9,8 @@ device's own elementwise results are to be fed in.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,13 +108,16 @@ def scatter_sum(base: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return result
 
 
-def chain_matmul(a: Tensor, b: Tensor) -> Tensor:
+def chain_matmul(a: Tensor, b: Tensor, accumulator: Tensor | None = None) -> Tensor:
     """[M, K] @ [K, N] in fp64 steps: acc = round32(acc + a_k * b_k) for ascending k, exact products.
+
+    ``accumulator`` [M, N]: what the chain starts from, if not from 0.
 
     For fp32 operands this is a chain of fused multiply-adds up to double rounding, so it is a specification
     of the order; bits are compared where products are exact in fp32 (bf16 and fp16 operands).
     """
-    accumulator = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    if accumulator is None:
+        accumulator = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     for k in range(a.shape[1]):
         product = a[:, k, None].double() * b[None, k, :].double()
         accumulator = (accumulator.double() + product).float()
@@ -133,3 +138,59 @@ def chunked_matmul(
             part = part * (scale_a[:, index, None] * scale_b[None, index])
         total = total + part
     return total
+
+
+def _fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """round32(a * b + c) for fp32; the product is exact in fp64, their sum is rounded twice in rare cases."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    form: Any,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    elementwise: Any = torch,
+) -> Tensor:
+    """[M, D], [S, D], [S, DV] -> [M, DV]: ``form`` is a ``contract.Attention``; mask [M, S] is bool or None.
+
+    The steps are those of ``runtime/attention.py``; ``scale`` is positive.
+    """
+    factor = torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
+    lowest = torch.full((len(query),), torch.finfo(torch.float32).min)
+    borders, joined = [0], (lowest, torch.zeros(len(query)), torch.zeros(len(query), value.shape[1]))
+    while borders[-1] < len(key):
+        borders.append(borders[-1] + (form.near_chunk if borders[-1] < form.near_keys else form.far_chunk))
+    for low, high in itertools.pairwise(borders):
+        highest, sums, acc = lowest, torch.zeros(len(query), 4), torch.zeros(len(query), value.shape[1])
+        for start in range(low, min(high, len(key)), form.tile):
+            keys = slice(start, start + form.tile)
+            t = chain_matmul(query, key[keys].T)
+            if mask is not None:
+                t = torch.where(mask[:, keys], t, -math.inf)
+            missing = form.tile - t.shape[1]
+            t = torch.nn.functional.pad(t, (0, missing), value=-math.inf)
+            before, highest = highest, torch.maximum(highest, torch.ceil(t.amax(1) * factor))
+            rescale = elementwise.exp2(before - highest)
+            p = elementwise.exp2(_fused_multiply_add(t, factor, -highest[:, None]))
+            pairs = p.unflatten(1, (-1, 4, 2)).sum(3)
+            sums = sums * rescale[:, None] + _tree(pairs.movedim(1, -1), torch.add, 0.0)
+            rows = torch.nn.functional.pad(value[keys], (0, 0, 0, missing))
+            acc = chain_matmul(p.to(value.dtype), rows, acc * rescale[:, None])
+        joined = _join(
+            joined, (highest, (sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3]), acc), elementwise
+        )
+    _, total, acc = joined
+    inverse = torch.where(total == 0, 0.0, 1.0 / total)
+    return (acc * inverse[:, None] + 0.0).to(query.dtype)
+
+
+def _join(a: tuple[Tensor, ...], b: tuple[Tensor, ...], elementwise: Any) -> tuple[Tensor, ...]:
+    """Two states (maximum [M], sum [M], accumulator [M, DV]) of consecutive chunks."""
+    highest = torch.maximum(a[0], b[0])
+    old, new = elementwise.exp2(a[0] - highest), elementwise.exp2(b[0] - highest)
+    total = _fused_multiply_add(a[1], old, b[1] * new)
+    return highest, total, _fused_multiply_add(a[2], old[:, None], b[2] * new[:, None])

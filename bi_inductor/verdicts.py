@@ -255,6 +255,17 @@ def _block_scan(node: Node) -> Ruling:
     return Ruling(Verdict.CANONICAL, contract.Scan(accumulator, _argument(node, "combine")))
 
 
+@_special("attention")
+def _attention(node: Node) -> Ruling:
+    query, value = _value(node.args[0]), _value(node.args[2])
+    tf32 = query.dtype == torch.float32 and _tf32_is_allowed()
+    widths = int(query.shape[-1]), int(value.shape[-1])
+    form = contract.attention_form(*widths, query.dtype, tf32=tf32)
+    if form is None or query.device.type != "cuda":
+        return _refusal(f"attention of {query.dtype} over heads of {widths} elements has no kernel")
+    return Ruling(Verdict.CANONICAL, form)
+
+
 @_special("sort")
 def _sort(node: Node) -> Ruling:
     """A stable sort of integers has one answer; floats were decomposed into that."""

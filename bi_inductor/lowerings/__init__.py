@@ -10,13 +10,15 @@ from typing import Any
 @functools.cache
 def table() -> dict[Any, Callable[..., Any]]:
     """Op overload -> lowering. Built on first use, since importing Inductor's lowerings takes a second."""
-    from .. import ops
+    from .. import attention_op, ops
     from . import grouped, matmul, quantized, segments
+    from .attention import attention
 
     return {
         **matmul.LOWERINGS,
         **quantized.LOWERINGS,
         **grouped.LOWERINGS,
+        attention_op.attention: attention,
         ops.segment_tree: segments.segment_tree,
         ops.block_scan: segments.block_scan,
         ops.row_major: segments.row_major,

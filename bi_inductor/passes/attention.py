@@ -1,11 +1,13 @@
-"""``scaled_dot_product_attention`` as two matrix products around one softmax, for every shape and device.
+"""``scaled_dot_product_attention`` in one form per device and dtype, for every shape.
 
-Stock dispatch picks flash, memory-efficient, cuDNN or math by shape. Here a query row is always::
+Stock dispatch picks flash, memory-efficient, cuDNN or math by shape. Here a query row on a GPU is the ATTENTION form of
+``contract.py``, one kernel, for bf16, fp16 and fp32 and heads of up to 256 elements. For fp64, wider heads and on the
+CPU it is two matrix products around one softmax::
 
-    s[j] = (sum_e q[e] * k[j, e]) * scale        e ascending, fp32, never rounded to the input dtype s[j] =
-    mask[j] ? s[j] : -inf                 or s[j] + mask[j], in fp32 p[j] = exp(s[j] - max_j s) / sum_j
-    exp(...)  exact maximum, tree sum in key order; 0 where every key is masked o[c] = round(sum_j
-    round(p[j]) * v[j, c])    j ascending, one accumulator
+    s[j] = (sum_e q[e] * k[j, e]) * scale      e ascending, fp32, never rounded to the input dtype
+    s[j] = mask[j] ? s[j] : -inf               or s[j] + mask[j], in fp32
+    p[j] = exp(s[j] - max_j s) / sum_j exp(...)  exact maximum, tree sum in key order; 0 where every key is masked
+    o[c] = round(sum_j round(p[j]) * v[j, c])  j ascending, one accumulator
 
 with fp64 in place of fp32 for fp64 inputs. Rows meet nowhere, so a query gives the same bits alone, in a
 chunk and in a full prefill; masked keys add exact zeros at the tail, so padding changes nothing.
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from bi_inductor import contract
+from bi_inductor.attention_op import attention
 from bi_inductor.certificate import source_line
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import bmm_rounding, bmm_wide, composite
@@ -54,8 +58,65 @@ def scaled_dot_product_attention(
     torch._check(dropout_p == 0.0, lambda: "dropout in attention has no canonical form")
     torch._check(attn_mask is None or not is_causal, lambda: "attn_mask and is_causal exclude each other")
     with autocast_applied(query, key, value, attn_mask) as (query, key, value, attn_mask):
-        safe_softmax = torch.ops.aten._safe_softmax.default
-        return attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, safe_softmax)[0]
+        return attend_safely(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+
+def attend_safely(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The output alone, 0 where every key is masked: by the kernel if there is one for these dtypes and head dims."""
+    if has_kernel(query, key, value):
+        leading, query, key, value, attn_mask = _as_batch_of_heads(query, key, value, attn_mask, enable_gqa)
+        output, _ = attention(query, key, value, attn_mask, is_causal, _scale(query, scale))
+        return output.reshape(*leading, *output.shape[-2:])
+    safe_softmax = torch.ops.aten._safe_softmax.default
+    return attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, safe_softmax)[0]
+
+
+def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True if these inputs have the ATTENTION form: by device, dtype and head dims, never by another size."""
+    if query.device.type != "cuda" or not query.dtype == key.dtype == value.dtype:
+        return False
+    head_dim, value_dim = int(query.shape[-1]), int(value.shape[-1])
+    return contract.attention_form(head_dim, value_dim, query.dtype) is not None
+
+
+def _as_batch_of_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> tuple[Any, ...]:
+    """Leading shape of the result, and all four as ``[B, heads, rows, columns]`` views where strides allow it.
+
+    Key and value get the same number of heads. The mask is expanded to ``[B, H, L, S]``.
+    """
+    kept = 3 if enable_gqa else 2
+    batch = torch.broadcast_shapes(*(t.shape[:-kept] for t in (query, key, value)))
+    leading = (*batch, query.shape[-3]) if enable_gqa else batch
+    if enable_gqa and key.shape[-3] != value.shape[-3]:
+        heads = math.lcm(int(key.shape[-3]), int(value.shape[-3]))
+        key, value = (t.repeat_interleave(heads // int(t.shape[-3]), -3) for t in (key, value))
+    query, key, value = (t.expand(*batch, *t.shape[-kept:]) for t in (query, key, value))
+    if mask is not None:
+        mask = mask.expand(*leading, query.shape[-2], key.shape[-2])
+        mask = _four_dims(mask, enable_gqa)
+    query, key, value = (_four_dims(t, enable_gqa) for t in (query, key, value))
+    # Numbers of heads are a model's constants too: how many rows share a key head is known to the kernel.
+    torch._check(int(query.shape[1]) % int(key.shape[1]) == 0, lambda: "key heads do not divide query heads")
+    return leading, query, key, value, mask
+
+
+def _four_dims(x: Tensor, enable_gqa: bool) -> Tensor:
+    """``[B, heads, rows, columns]``; the batch of three dims stands first unless it is known to be heads."""
+    if x.dim() > 4:
+        return x.flatten(0, x.dim() - 4)
+    if x.dim() == 3 and not enable_gqa:
+        return x.unsqueeze(1)
+    return x[(None,) * (4 - x.dim())]
 
 
 def attend(

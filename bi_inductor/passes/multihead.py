@@ -17,7 +17,13 @@ from torch.fx import Node
 
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import composite
-from bi_inductor.passes.attention import attend, autocast_applied, dropout_refusal, nested_refusal
+from bi_inductor.passes.attention import (
+    attend,
+    attend_safely,
+    autocast_applied,
+    dropout_refusal,
+    nested_refusal,
+)
 from bi_inductor.passes.linear import linear
 from bi_inductor.passes.retarget import Retarget, argument
 
@@ -85,7 +91,7 @@ def multi_head_attention_forward(
     output, probabilities = _attention(q, k, v, mask, hinted, need_weights)
     output = linear(output.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     shown = None
-    if need_weights:
+    if probabilities is not None:
         shown = (probabilities.mean(dim=1) if average_attn_weights else probabilities).to(output.dtype)
     if batched:
         return output, shown
@@ -148,11 +154,12 @@ def _merge_masks(
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Rows with every key hidden are NaN with weights and 0 without: what eager returns."""
-    softmax = torch.softmax if need_weights else torch.ops.aten._safe_softmax.default
     with autocast_applied(query, key, value, mask) as (query, key, value, mask):
-        return attend(query, key, value, mask, is_causal, None, False, softmax)
+        if need_weights:
+            return attend(query, key, value, mask, is_causal, None, False, torch.softmax)
+        return attend_safely(query, key, value, mask, is_causal), None
 
 
 _ENCODER_SCHEMA = (

@@ -29,6 +29,7 @@ _SYMBOL = re.compile(r"[su]\d+")
 _REDUCTION = re.compile(r"(Tree|Exact)\(\w+, ([^,]+), (.+)\)")
 _CHAIN = re.compile(r"Chain\(([\w/]+), (.+)\)")
 _CHUNKS = re.compile(r"(Scaled)?Chunks\(([\w/]+), (.+), (\d+)\)")
+_ATTENTION = re.compile(r"Attention\(([\w/]+), (\d+), (\d+), (\d+), (\d+)\)")
 #: Forms whose kernels reduce no axis: what they add is written out, element by element.
 _WITHOUT_LENGTH = ("Drawn", "GroupChain", "Scan", "Segments")
 
@@ -137,12 +138,18 @@ class Forms:
         self.chunked: set[tuple[str, Values, int, bool]] = set()
         #: Accumulators of chains over the rows that a group turns out to have.
         self.group_chains: set[str] = set()
+        #: Accumulator, tile, near chunk, near keys, far chunk.
+        self.attentions: set[tuple[str, int, int, int, int]] = set()
         #: True if a form or its length could not be read: then no claim is made about lengths.
         self.is_open = False
         for form in {entry.form for entry in entries} - {""}:
             self._add(form)
 
     def _add(self, form: str) -> None:
+        if attention := _ATTENTION.fullmatch(form):
+            tile, near_chunk, near_keys, far_chunk = map(int, attention.groups()[1:])
+            self.attentions.add((attention[1], tile, near_chunk, near_keys, far_chunk))
+            return
         chain, reduction, chunked = (shape.fullmatch(form) for shape in (_CHAIN, _REDUCTION, _CHUNKS))
         found = (chain and chain[2]) or (reduction and reduction[3]) or (chunked and chunked[3])
         length = _form_length(found or "?")
@@ -162,7 +169,7 @@ class Forms:
     @property
     def are_any(self) -> bool:
         """True if there is a form that reduces something."""
-        products = self.chains or self.chunked or self.group_chains
+        products = self.chains or self.chunked or self.group_chains or self.attentions
         return bool(self.trees or self.unordered or products or self.is_open)
 
     def lengths(self, combine: str) -> set[Values]:

@@ -8,6 +8,8 @@ import re
 from .finding import Report
 from .lengths import Forms, Names, Values
 from .syntax import KernelSyntax, assigned, carried, dotted
+from .triton_attention import CALLS as ATTENTION_CALLS
+from .triton_attention import AttentionProgram
 from .triton_grouped import GroupedProduct
 from .triton_product import ChainedProduct
 from .triton_quantized import QuantizedProduct
@@ -21,6 +23,7 @@ CALLS: dict[str, frozenset[str]] = {
         multiple_of num_programs program_id rand randint randint4x randn range reshape rsqrt sigmoid sqrt sqrt_rn
         static_assert store trans view where zeros zeros_like""".split()
     ),
+    "attention": ATTENTION_CALLS,
     "ordered": frozenset("new_stack push_prod push_sum total_prod total_sum tree_prod tree_sum".split()),
     # Elementwise, and extrema (and any), which are exact in every order.
     "triton_helpers": frozenset(
@@ -52,6 +55,7 @@ IMPORTS = frozenset(
         "from torch._inductor.runtime import triton_helpers, triton_heuristics",
         "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math",
         "from torch._inductor.runtime.hints import AutotuneHint, ReductionHint, TileHint, DeviceProperties",
+        "from bi_inductor.runtime import attention",
         "from bi_inductor.runtime import ordered",
         "from bi_inductor.runtime import schedules as triton_heuristics",
     ]
@@ -96,7 +100,7 @@ class TritonKernel(KernelSyntax):
     def __init__(self, source: str, report: Report) -> None:
         super().__init__(source, report)
         self.flags: dict[str, ast.Constant] = {}
-        self.sums = OrderedSums(self)
+        self.sums, self.attention = OrderedSums(self), AttentionProgram(self)
         self.product = _product_of(self)
 
     def check(self) -> None:
@@ -116,11 +120,15 @@ class TritonKernel(KernelSyntax):
         self.sums.check()
         if self.product.dots:
             self.product.check()
+        if self.attention.calls:
+            self.attention.check()
 
     def check_lengths(self, forms: Forms, chunks: set[Values], arguments: Names, has_flip: bool) -> None:
         """Reduced lengths are those of ``forms``, for one call with ``arguments``. See OrderedSums."""
         if self.product.dots:
             self.product.check_lengths(forms, arguments)
+        if self.attention.calls:
+            self.attention.check_lengths(forms, arguments)
         if self.sums.finished:
             self.sums.check_lengths(forms, chunks, arguments, has_flip)
 

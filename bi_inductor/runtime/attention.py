@@ -1,0 +1,251 @@
+"""What emitted attention kernels are made of: the ATTENTION form of ``contract.py``, for one tile of query rows.
+
+    o[c] = round(acc[c] * (1 / sums))    after the chunks of keys 0, 1, 2, ... have been joined from left to right
+
+Within a chunk tiles of BLOCK_N keys are visited in ascending order. With scores t in log2 units a row's state is
+
+    m     an integer (as a float), the running maximum of t, rounded up
+    sums  [4] of p_j = exp2(t_j - m): in a tile keys 8 g + 2 i and 8 g + 2 i + 1 are added first, then the tree of
+          adjacent pairs over g, and the result to sums[i]; at the end of a chunk (sums0 + sums1) + (sums2 + sums3)
+    acc   [DV] sum of round(p_j) * v_j: one chain, j ascending in the steps of the hardware's MMA
+
+    joining two chunks:  a = exp2(m - max), b = exp2(m' - max), sums = sums a + sums' b, acc = acc a + acc' b
+
+An integer maximum scales by powers of two, which is exact: whatever the path, the chain of a chunk has no rounding but
+its own, and a tile or chunk without a visible key changes nothing, so it may be visited or not. A thread of an MMA's
+accumulator holds columns 8 g + 2 i and 8 g + 2 i + 1 of a row for one i: no row sum crosses threads inside the loop.
+(H100, bf16, 8192 causal, D = 128, TFLOP/s without chunks: this sum 495, ``tl.sum`` 491, adjacent pairs 436,
+``p @ ones`` 371.) Chunks exist for decoding, where they run side by side. The state of the chunks before is kept in
+registers while the next one is computed: parking it in memory was slower at every size (435 and 387 at 1024 keys).
+
+Rows, warps, how rows are packed into a tile, and whether one program or several compute the chunks are free.
+"""
+
+import triton
+import triton.language as tl
+
+#: The running maximum of no key: finite, so that a hidden score (-inf) minus it is -inf and not NaN.
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tree_of_groups(x):
+    """[M, n, 4] -> [M, 4]: the tree of adjacent pairs over the middle axis."""
+    if x.shape[1] > 2:
+        result = _tree_of_groups(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2, 4]), 2))
+    else:
+        result = tl.sum(x, 1)
+    return result
+
+
+@triton.jit
+def lane_sums(p):
+    """[M, N] -> [M, 4]: p[8 g + 2 i] + p[8 g + 2 i + 1], then the tree over g."""
+    return _tree_of_groups(tl.sum(tl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2]), 3))
+
+
+@triton.jit
+def total(sums):
+    """[M, 4] -> [M]: (l0 + l1) + (l2 + l3)."""
+    return tl.sum(tl.sum(tl.reshape(sums, [sums.shape[0], 2, 2]), 2), 1)
+
+
+@triton.jit
+def join(m, sums, acc, next_m, next_sums, next_acc):
+    """The state (m [M], sums [M], acc [M, DV]) of the chunks so far joined with that of the next one."""
+    highest = tl.maximum(m, next_m)
+    old, new = tl.exp2(m - highest), tl.exp2(next_m - highest)
+    sums = tl.fma(sums, old, next_sums * new)
+    acc = tl.fma(acc, tl.expand_dims(old, 1), next_acc * tl.expand_dims(new, 1))
+    return highest, sums, acc
+
+
+@triton.jit
+def chunk_start(chunk, NEAR_CHUNK: tl.constexpr, NEAR_CHUNKS: tl.constexpr, FAR_CHUNK: tl.constexpr):
+    """The first key of a chunk: NEAR_CHUNKS chunks of NEAR_CHUNK keys, then chunks of FAR_CHUNK keys."""
+    return tl.minimum(chunk, NEAR_CHUNKS) * NEAR_CHUNK + tl.maximum(chunk - NEAR_CHUNKS, 0) * FAR_CHUNK
+
+
+@triton.jit
+def chunk_count(keys, NEAR_CHUNK: tl.constexpr, NEAR_CHUNKS: tl.constexpr, FAR_CHUNK: tl.constexpr):
+    """How many chunks ``keys`` keys have."""
+    near = tl.cdiv(tl.minimum(keys, NEAR_CHUNK * NEAR_CHUNKS), NEAR_CHUNK)
+    return near + tl.cdiv(tl.maximum(keys - NEAR_CHUNK * NEAR_CHUNKS, 0), FAR_CHUNK)
+
+
+@triton.jit
+def load_rows(base, rows, columns, stride_row, stride_column, row_mask, LENGTH: tl.constexpr):
+    """base[rows, columns] with zeros where ``row_mask`` is false or a column is past LENGTH.
+
+    ``rows`` and ``columns`` are [M, 1] and [1, N] or the other way round; ``row_mask`` is like ``rows`` or None.
+    """
+    pointers = base + (rows * stride_row + columns * stride_column)
+    WIDTH: tl.constexpr = columns.numel
+    if WIDTH == LENGTH:
+        if row_mask is None:
+            values = tl.load(pointers)
+        else:
+            values = tl.load(pointers, mask=row_mask, other=0.0)
+    else:
+        inside = columns < LENGTH
+        if row_mask is not None:
+            inside = inside & row_mask
+        values = tl.load(pointers, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def _tile(
+    state,
+    q,
+    keys_and_values,
+    mask_and_rows,
+    start,
+    key_count,
+    EDGE: tl.constexpr,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """One tile of keys: (m, sums, acc) -> (m, sums, acc). EDGE: some of its keys may be hidden or not exist."""
+    m, sums, acc = state
+    k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
+    mask_base, stride_mn, positions, rows_exist = mask_and_rows
+    BLOCK_N: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    BLOCK_D: tl.constexpr = SHAPE[2]
+    DV: tl.constexpr = SHAPE[3]
+    BLOCK_DV: tl.constexpr = SHAPE[4]
+    INDEX: tl.constexpr = SHAPE[5]
+    CAUSAL: tl.constexpr = SCORES[0]
+    MASK: tl.constexpr = SCORES[1]
+    SCALE: tl.constexpr = SCORES[2]
+    SCALE_FIRST: tl.constexpr = SCORES[3]
+    PRECISION: tl.constexpr = SCORES[4]
+    keys = start + tl.arange(0, BLOCK_N)
+    exists = None
+    if EDGE:
+        exists = (keys < key_count)[None, :]
+    dims = tl.arange(0, BLOCK_D)[:, None]
+    k = load_rows(k_base, keys.to(INDEX)[None, :], dims, stride_kn, stride_kd, exists, D)
+    t = tl.dot(q, k, input_precision=PRECISION)
+    if SCALE_FIRST:
+        t = t * SCALE
+        factor = tl.full((), LOG2_E, tl.float32)
+    else:
+        factor = tl.full((), SCALE * LOG2_E, tl.float32)
+    if EDGE:
+        visible = exists
+        if CAUSAL:
+            visible = visible & (keys[None, :] <= positions)
+        if MASK == 1:
+            at = mask_base + keys.to(INDEX)[None, :] * stride_mn
+            visible = visible & (tl.load(at, mask=exists & rows_exist, other=0) != 0)
+        if MASK == 2:
+            at = mask_base + keys.to(INDEX)[None, :] * stride_mn
+            t += tl.load(at, mask=exists & rows_exist, other=0.0).to(tl.float32)
+        t = tl.where(visible, t, -float("inf"))
+    highest = tl.maximum(m, tl.ceil(tl.max(t, 1) * factor))
+    rescale = tl.exp2(m - highest)
+    p = tl.exp2(tl.fma(t, factor, -highest[:, None]))
+    sums = sums * rescale[:, None] + lane_sums(p)
+    exists = None
+    if EDGE:
+        exists = (keys < key_count)[:, None]
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    v = load_rows(v_base, keys.to(INDEX)[:, None], columns, stride_vn, stride_vd, exists, DV)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return highest, sums, acc
+
+
+@triton.jit
+def one_chunk(
+    q,
+    keys_and_values,
+    mask_and_rows,
+    low,
+    full,
+    high,
+    key_count,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row."""
+    BLOCK_N: tl.constexpr = SHAPE[0]
+    EDGE_STAGES: tl.constexpr = STAGES[1]
+    m = tl.full((q.shape[0],), LOWEST, tl.float32)
+    sums = tl.zeros((q.shape[0], 4), tl.float32)
+    acc = tl.zeros((q.shape[0], SHAPE[4]), tl.float32)
+    edge = low
+    if SCORES[1] == 0:
+        edge = tl.maximum(tl.minimum(high, full), low)
+        for start in tl.range(low, edge, BLOCK_N, num_stages=STAGES[0]):
+            state = (m, sums, acc)
+            m, sums, acc = _tile(
+                state, q, keys_and_values, mask_and_rows, start, key_count, False, SHAPE, SCORES
+            )
+    for start in tl.range(edge, high, BLOCK_N, num_stages=EDGE_STAGES):
+        state = (m, sums, acc)
+        m, sums, acc = _tile(state, q, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES)
+    return m, total(sums), acc
+
+
+@triton.jit
+def all_chunks(
+    q,
+    keys_and_values,
+    mask_and_rows,
+    full,
+    end,
+    key_count,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(m, sums, acc) of keys 0 ... end - 1, chunk after chunk."""
+    m = tl.full((q.shape[0],), LOWEST, tl.float32)
+    sums = tl.zeros((q.shape[0],), tl.float32)
+    acc = tl.zeros((q.shape[0], SHAPE[4]), tl.float32)
+    for chunk in tl.range(0, chunk_count(end, CHUNKS[0], CHUNKS[1], CHUNKS[2]), num_stages=1):
+        low = chunk_start(chunk, CHUNKS[0], CHUNKS[1], CHUNKS[2])
+        high = tl.minimum(chunk_start(chunk + 1, CHUNKS[0], CHUNKS[1], CHUNKS[2]), end)
+        next_m, next_sums, next_acc = one_chunk(
+            q, keys_and_values, mask_and_rows, low, full, high, key_count, SHAPE, SCORES, STAGES
+        )
+        m, sums, acc = join(m, sums, acc, next_m, next_sums, next_acc)
+    return m, sums, acc
+
+
+@triton.jit
+def finish(m, sums, acc):
+    """(acc / sums [M, DV], log2 of the sum of exp2(t) [M]); 0 and -inf for a row without a visible key."""
+    inverse = tl.where(sums == 0.0, 0.0, tl.math.div_rn(1.0, sums))
+    return acc * inverse[:, None] + 0.0, tl.where(sums == 0.0, -float("inf"), m + tl.log2(sums))
+
+
+@triton.jit
+def fold_chunks(
+    partial, stored_maxima, stored_sums, row, row_count, chunk_total, DV: tl.constexpr, BLOCK_DV: tl.constexpr
+):
+    """The state of one row after joining the chunks stored by several programs, left to right.
+
+    partial [chunks, rows, DV], stored_maxima and stored_sums [chunks, rows]. Eight chunks are loaded at a time;
+    those past the last one are the state of no key. Returns (m [1], sums [1], acc [1, BLOCK_DV]).
+    """
+    columns = tl.arange(0, BLOCK_DV)[None, :]
+    one = tl.zeros((1,), tl.int32)
+    m = tl.full((1,), LOWEST, tl.float32)
+    sums = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, BLOCK_DV), tl.float32)
+    for first in tl.range(0, chunk_total, 8):
+        for step in tl.static_range(8):
+            exists = first + step < chunk_total
+            at = (first + step) * row_count + row + one
+            next_m = tl.load(stored_maxima + at, mask=exists, other=LOWEST)
+            next_sums = tl.load(stored_sums + at, mask=exists, other=0.0)
+            inside = (columns < DV) & exists
+            next_acc = tl.load(partial + at[:, None] * DV + columns, mask=inside, other=0.0)
+            m, sums, acc = join(m, sums, acc, next_m, next_sums, next_acc)
+    return m, sums, acc

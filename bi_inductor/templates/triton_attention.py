@@ -1,0 +1,341 @@
+"""Attention on a GPU in canonical form: one kernel for long queries, two for decoding.
+
+``runtime/attention.py`` has the form and its order of additions; here are the programs around it. A program has
+BLOCK_M rows of one key head: the queries of all heads that share it, position by position, so that keys and values
+are read once for the group. With few rows the chunks of keys are computed side by side, each by its own program, and
+joined from left to right by a second kernel; with many, one after the other. Both are the same sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config, ir
+from torch._inductor.lowering import empty
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.select_algorithm import SymbolicGridFn
+from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max, Min
+
+from bi_inductor import contract
+from bi_inductor.templates.triton_matmul import ChainMatmulKernel, ChainMatmulTemplate, tf32_is_allowed
+
+_ROWS = r"""
+    KEY_HEADS = {{size("K", 1)}}
+    KEYS = {{size("K", 2)}}
+    GROUP = {{size("Q", 1)}} // KEY_HEADS
+    ROWS = {{size("Q", 2)}} * GROUP
+    row_tiles = tl.cdiv(ROWS, BLOCK_M)
+    program = tl.program_id(0).to(INDEX_DTYPE)
+    # The last rows first: under a causal mask they have the most keys.
+    tile = row_tiles - 1 - program % row_tiles
+    idx_b = program // row_tiles // KEY_HEADS
+    key_head = program // row_tiles % KEY_HEADS
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    exists = rows < ROWS
+    idx_m = rows // GROUP
+    idx_h = key_head * GROUP + rows % GROUP
+    idx_d = tl.arange(0, BLOCK_DV)[None, :]
+    inside = exists & (idx_d < DV)
+    q_base = Q + idx_b * ({{stride("Q", 0)}}) + idx_h * ({{stride("Q", 1)}})
+    k_base = K + idx_b * ({{stride("K", 0)}}) + key_head * ({{stride("K", 1)}})
+    v_base = V + idx_b * ({{stride("V", 0)}}) + key_head * ({{stride("V", 1)}})
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    q = attention.load_rows(q_base, idx_m, dims, {{stride("Q", 2)}}, {{stride("Q", 3)}}, exists, D)
+    k_and_v = (k_base, {{stride("K", 2)}}, {{stride("K", 3)}}, v_base, {{stride("V", 2)}}, {{stride("V", 3)}})
+{% if MASK %}
+    mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + idx_h * ({{stride("MASKS", 1)}})
+    mask_base += idx_m * ({{stride("MASKS", 2)}})
+    mask_and_rows = (mask_base, {{stride("MASKS", 3)}}, idx_m, exists)
+{% else %}
+    mask_and_rows = (0, 0, idx_m, exists)
+{% endif %}
+{% if CAUSAL %}
+    first_position = tile * BLOCK_M // GROUP
+    last_position = (tl.minimum(tile * BLOCK_M + BLOCK_M, ROWS) - 1) // GROUP
+    end = tl.minimum(KEYS, last_position + 1)
+    full = tl.minimum(KEYS, first_position + 1) // BLOCK_N * BLOCK_N
+{% else %}
+    end = KEYS
+    full = KEYS // BLOCK_N * BLOCK_N
+{% endif %}
+    SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
+    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION)
+    CHUNKS: tl.constexpr = (NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
+    STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
+"""
+
+WHOLE = (
+    r"""
+{% if MASK %}
+{{def_kernel("Q", "K", "V", "MASKS", "LSE")}}
+{% else %}
+{{def_kernel("Q", "K", "V", "LSE")}}
+{% endif %}
+"""
+    + _ROWS
+    + r"""
+    m, sums, acc = attention.all_chunks(q, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, CHUNKS, STAGES)
+    out, lse = attention.finish(m, sums, acc)
+    out = out.to(Q.dtype.element_ty).to(tl.float32)
+    lse_row = (idx_b * {{size("Q", 1)}} + idx_h) * {{size("Q", 2)}} + idx_m
+    tl.store(LSE + lse_row, lse[:, None], mask=exists)
+    {{store_output(("idx_b", "idx_h", "idx_m", "idx_d"), "out", "inside", val_shape=("BLOCK_M", "BLOCK_DV"))}}
+"""
+)
+
+ONE_CHUNK = (
+    r"""
+{% if MASK %}
+{{def_kernel("Q", "K", "V", "MASKS", "MAXIMA", "SUMS")}}
+{% else %}
+{{def_kernel("Q", "K", "V", "MAXIMA", "SUMS")}}
+{% endif %}
+"""
+    + _ROWS
+    + r"""
+    idx_c = tl.program_id(1).to(INDEX_DTYPE)
+    low = attention.chunk_start(idx_c, NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
+    high = tl.minimum(attention.chunk_start(idx_c + 1, NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK), end)
+    m, sums, acc = attention.one_chunk(q, k_and_v, mask_and_rows, low, full, high, KEYS, SHAPE, SCORES, STAGES)
+    state_row = ((idx_c * {{size("Q", 0)}} + idx_b) * {{size("Q", 1)}} + idx_h) * {{size("Q", 2)}} + idx_m
+    tl.store(MAXIMA + state_row, m[:, None], mask=exists)
+    tl.store(SUMS + state_row, sums[:, None], mask=exists)
+    {{store_output(
+        ("idx_c", "idx_b", "idx_h", "idx_m", "idx_d"), "acc", "inside", val_shape=("BLOCK_M", "BLOCK_DV")
+    )}}
+"""
+)
+
+FOLD = r"""
+{{def_kernel("PARTIAL", "MAXIMA", "SUMS", "LSE")}}
+    CHUNK_TOTAL = {{size("PARTIAL", 0)}}
+    HEADS = {{size("PARTIAL", 2)}}
+    QUERIES = {{size("PARTIAL", 3)}}
+    ROWS = {{size("PARTIAL", 1)}} * HEADS * QUERIES
+    row = tl.program_id(0).to(INDEX_DTYPE)
+    m, sums, acc = attention.fold_chunks(PARTIAL, MAXIMA, SUMS, row, ROWS, CHUNK_TOTAL, DV, BLOCK_DV)
+    out, lse = attention.finish(m, sums, acc)
+    out = out.to(OUT_TYPE).to(tl.float32)
+    tl.store(LSE + row + tl.arange(0, 1), lse)
+    idx_b = row // (HEADS * QUERIES)
+    idx_h = row // QUERIES % HEADS
+    idx_m = row % QUERIES
+    idx_d = tl.arange(0, BLOCK_DV)[None, :]
+    inside = idx_d < DV
+    {{store_output(("idx_b", "idx_h", "idx_m", "idx_d"), "out", "inside", val_shape=("1", "BLOCK_DV"))}}
+"""
+
+
+@SymbolicGridFn
+def attention_grid(
+    pairs: Any, rows: Any, chunks: Any, meta: dict[str, Any], *, cdiv: Callable[[Any, Any], Any]
+) -> tuple[Any, Any, int]:
+    """(batch * key heads, rows of one, chunks computed side by side) -> one program per tile of rows and chunk."""
+    return (pairs * cdiv(rows, meta["BLOCK_M"]), chunks, 1)
+
+
+class AttentionKernel(ChainMatmulKernel):
+    """A template kernel that may call ``runtime/attention.py``."""
+
+    @classmethod
+    def gen_common_triton_imports(cls) -> str:
+        return super().gen_common_triton_imports() + "from bi_inductor.runtime import attention\n"
+
+
+class AttentionTemplate(ChainMatmulTemplate):
+    """A template of such a kernel."""
+
+    kernel_type = AttentionKernel
+
+
+whole_template = AttentionTemplate("batchinv_attention", grid=attention_grid, source=WHOLE)
+chunk_template = AttentionTemplate("batchinv_attention_chunk", grid=attention_grid, source=ONE_CHUNK)
+fold_template = AttentionTemplate("batchinv_attention_fold", grid=attention_grid, source=FOLD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What is free: rows in a tile, warps, stages of the loop over keys, chunks side by side or in sequence."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    split: bool
+
+
+def schedule_for(
+    rows: int | None,
+    pairs: int,
+    keys: int,
+    form: contract.Attention,
+    width: int,
+    itemsize: int,
+    sm_count: int,
+) -> Schedule:
+    """The schedule for ``rows`` (None: only known at run time) of each of ``pairs`` key heads over ``keys`` keys.
+
+    ``width``: the larger of the two head dims, padded. From a sweep on an H100; no number here reaches a bit.
+    """
+    small = 16 if rows is not None and rows <= 16 else 32 if rows is not None and rows <= 32 else 64
+    if itemsize > 2:
+        small = min(small, 32 if width <= 128 else 16)
+    programs = pairs * -(-(rows or 1 << 20) // small)
+    split = keys > form.near_chunk and rows is not None and (programs < sm_count or rows <= 32)
+    warps = 4 if width <= 128 and itemsize == 2 else 8
+    stages = 3 if width <= 128 and itemsize == 2 else 2
+    return Schedule(small, warps, stages, split and programs * small * width * 4 <= 1 << 24)
+
+
+def realized(x: ir.TensorBox) -> ir.IRNode:
+    """x as something with an address and strides that can no longer change, since they enter the source."""
+    x = ir.ExternKernel.realize_input(x)
+    storage, layout = ir.as_storage_and_layout(x, freeze=True)
+    if isinstance(layout, ir.FlexibleLayout):
+        storage.freeze_layout()
+    return x
+
+
+def _static(length: Any) -> int | None:
+    return int(length) if sympy.sympify(length).is_number else None
+
+
+def _padded(length: int) -> int:
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def chunk_total(keys: Any, form: contract.Attention) -> Any:
+    """How many chunks ``keys`` keys have; at least one."""
+    near = CeilDiv(Min(keys, form.near_keys), form.near_chunk)
+    return Max(1, near + CeilDiv(Max(keys - form.near_keys, 0), form.far_chunk))
+
+
+def attention(
+    query: ir.TensorBox,
+    key: ir.TensorBox,
+    value: ir.TensorBox,
+    mask: ir.TensorBox | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[ir.TensorBox, ir.TensorBox]:
+    """Lowering of ``bi_inductor::attention``; shapes and results as there."""
+    operands = [realized(x) for x in (query, key, value, mask) if x is not None]
+    *_, queries, _ = size = query.get_size()
+    batch, heads = size[:2]
+    key_heads, keys = key.get_size()[1:3]
+    head_dim, value_dim = (V.graph.sizevars.guard_int(x.get_size()[-1]) for x in (query, value))
+    dtype, device = query.get_dtype(), query.get_device()
+    form = contract.attention_form(head_dim, value_dim, dtype, tf32=tf32_is_allowed())
+    assert form is not None, "the ruling on this op came first"
+    group = FloorDiv(heads, key_heads)
+    hints = V.graph.sizevars.optimization_hints([batch, key_heads, keys])
+    schedule = schedule_for(
+        _static(queries * group),
+        hints[0] * hints[1],
+        hints[2],
+        form,
+        _padded(max(head_dim, value_dim)),
+        dtype.itemsize,
+        DeviceProperties.create(device).multi_processor_count,
+    )
+    constants = _constants(form, schedule, head_dim, value_dim, mask, is_causal, scale)
+    rows = [batch, heads, queries]
+    # Heads beside each other for one query: what follows joins them without a copy.
+    strides = [queries * heads * value_dim, value_dim, heads * value_dim, 1]
+    layout = ir.FixedLayout(device, dtype, [*rows, value_dim], strides)
+    logsumexp = _empty(rows, device)
+    pairs, per_pair = batch * key_heads, queries * group
+    if not schedule.split:
+        out = _call(
+            whole_template,
+            [*operands, logsumexp],
+            [logsumexp],
+            layout,
+            [pairs, per_pair, 1],
+            schedule,
+            constants,
+        )
+        return out, logsumexp
+    chunks = chunk_total(keys, form)
+    maxima, sums = _empty([chunks, *rows], device), _empty([chunks, *rows], device)
+    partial_layout = ir.FixedLayout(device, torch.float32, [chunks, *rows, value_dim])
+    grid = [pairs, per_pair, chunks]
+    partial = _call(
+        chunk_template, [*operands, maxima, sums], [maxima, sums], partial_layout, grid, schedule, constants
+    )
+    fold = {"DV": value_dim, "BLOCK_DV": _padded(value_dim), "BLOCK_M": 1, "OUT_TYPE": _triton_name(dtype)}
+    inputs = [realized(x) for x in (partial, maxima, sums)]
+    one_warp = Schedule(1, 1, 1, False)
+    out = _call(
+        fold_template, [*inputs, logsumexp], [logsumexp], layout, [pairs, per_pair, 1], one_warp, fold
+    )
+    return out, logsumexp
+
+
+def _triton_name(dtype: torch.dtype) -> str:
+    return f"tl.{str(dtype).removeprefix('torch.')}"
+
+
+def _empty(size: list[Any], device: torch.device) -> ir.IRNode:
+    return realized(empty(size, dtype=torch.float32, device=device))
+
+
+def _constants(
+    form: contract.Attention,
+    schedule: Schedule,
+    head_dim: int,
+    value_dim: int,
+    mask: ir.TensorBox | None,
+    is_causal: bool,
+    scale: float,
+) -> dict[str, Any]:
+    kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
+    return {
+        "BLOCK_M": schedule.block_m,
+        "BLOCK_N": form.tile,
+        "D": head_dim,
+        "BLOCK_D": _padded(head_dim),
+        "DV": value_dim,
+        "BLOCK_DV": _padded(value_dim),
+        "CAUSAL": is_causal,
+        "MASK": kind,
+        "SCALE": scale,
+        "SCALE_FIRST": kind == 2 or not (0 < scale < math.inf),
+        "INPUT_PRECISION": "'tf32'" if form.accumulator.startswith("tf32") else "'ieee'",
+        "NEAR_CHUNK": form.near_chunk,
+        "NEAR_CHUNKS": form.near_keys // form.near_chunk,
+        "FAR_CHUNK": form.far_chunk,
+        "FULL_STAGES": schedule.num_stages,
+        "EDGE_STAGES": schedule.num_stages if kind or schedule.split else 1,
+    }
+
+
+def _call(
+    template: AttentionTemplate,
+    inputs: list[Any],
+    mutated: list[Any],
+    layout: ir.Layout,
+    grid: list[Any],
+    schedule: Schedule,
+    constants: dict[str, Any],
+) -> ir.TensorBox:
+    choices: list[Any] = []
+    error = template.maybe_append_choice(
+        choices,
+        input_nodes=tuple(inputs),
+        layout=layout,
+        mutated_inputs=mutated,
+        call_sizes=grid,
+        num_stages=schedule.num_stages,
+        num_warps=schedule.num_warps,
+        triton_meta={"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz},
+        **constants,
+    )
+    if error is not None:
+        raise error
+    return choices[0].output_node()

@@ -1,0 +1,120 @@
+"""Emitted attention kernels: a program's rows, and one call of ``runtime/attention.py`` for all that is added.
+
+What may be passed is written out here. Only sizes and strides differ from kernel to kernel, and the constants of the
+form, which are compared with the certificate's.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .lengths import Forms, Names, is_constant
+from .syntax import KernelSyntax, assigned, dotted
+
+#: A size or a stride: arithmetic on integers and arguments of the kernel.
+_SIZE = r"[\w\s()*+/-]+"
+_CORES = {
+    "all_chunks": "q, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, CHUNKS, STAGES",
+    "one_chunk": "q, k_and_v, mask_and_rows, low, full, high, KEYS, SHAPE, SCORES, STAGES",
+    "fold_chunks": "PARTIAL, MAXIMA, SUMS, row, ROWS, CHUNK_TOTAL, DV, BLOCK_DV",
+}
+_BORDERS = "NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK"
+#: What a name that reaches a sum may be bound to, ``#`` for a size.
+_BOUND = {
+    "GROUP": ["# // KEY_HEADS"],
+    "ROWS": ["# * GROUP", "# * HEADS * QUERIES"],
+    "row_tiles": ["tl.cdiv(ROWS, BLOCK_M)"],
+    "program": ["tl.program_id(0).to(INDEX_DTYPE)"],
+    "tile": ["row_tiles - 1 - program % row_tiles"],
+    "idx_b": ["program // row_tiles // KEY_HEADS", "row // (HEADS * QUERIES)"],
+    "key_head": ["program // row_tiles % KEY_HEADS"],
+    "rows": ["tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]"],
+    "exists": ["rows < ROWS"],
+    "idx_m": ["rows // GROUP", "row % QUERIES"],
+    "idx_h": ["key_head * GROUP + rows % GROUP", "row // QUERIES % HEADS"],
+    "q_base": ["Q + idx_b * (#) + idx_h * (#)"],
+    "k_base": ["K + idx_b * (#) + key_head * (#)"],
+    "v_base": ["V + idx_b * (#) + key_head * (#)"],
+    "dims": ["tl.arange(0, BLOCK_D)[None, :]"],
+    "q": ["attention.load_rows(q_base, idx_m, dims, #, #, exists, D)"],
+    "k_and_v": ["(k_base, #, #, v_base, #, #)"],
+    "mask_base": ["MASKS + idx_b * (#) + idx_h * (#)"],
+    "mask_and_rows": ["(mask_base, #, idx_m, exists)", "(0, 0, idx_m, exists)"],
+    "first_position": ["tile * BLOCK_M // GROUP"],
+    "last_position": ["(tl.minimum(tile * BLOCK_M + BLOCK_M, ROWS) - 1) // GROUP"],
+    "end": ["tl.minimum(KEYS, last_position + 1)", "KEYS"],
+    "full": ["tl.minimum(KEYS, first_position + 1) // BLOCK_N * BLOCK_N", "KEYS // BLOCK_N * BLOCK_N"],
+    "SHAPE": ["(BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)"],
+    "SCORES": ["(CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION)"],
+    "CHUNKS": [f"({_BORDERS})"],
+    "STAGES": ["(FULL_STAGES, EDGE_STAGES)"],
+    "idx_c": ["tl.program_id(1).to(INDEX_DTYPE)"],
+    "low": [f"attention.chunk_start(idx_c, {_BORDERS})"],
+    "high": [f"tl.minimum(attention.chunk_start(idx_c + 1, {_BORDERS}), end)"],
+    "row": ["tl.program_id(0).to(INDEX_DTYPE)"],
+    "out": [
+        "attention.finish(m, sums, acc)",
+        "out.to(Q.dtype.element_ty).to(tl.float32)",
+        "out.to(OUT_TYPE).to(tl.float32)",
+    ],
+    "lse": ["attention.finish(m, sums, acc)"],
+    **{
+        state: [f"attention.{core}({what})" for core, what in _CORES.items()]
+        for state in ("m", "sums", "acc")
+    },
+}
+
+
+def _pattern(texts: list[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text).replace(r"\#", _SIZE) for text in texts))
+
+
+_PATTERNS = {name: _pattern(texts) for name, texts in _BOUND.items()}
+#: What calls of ``runtime/attention.py`` an emitted kernel may make.
+CALLS = frozenset(["chunk_start", "finish", "load_rows", *_CORES])
+
+
+class AttentionProgram:
+    """The attention of one kernel."""
+
+    def __init__(self, kernel: KernelSyntax) -> None:
+        self.kernel = kernel
+        self.calls = [call for call in kernel.calls if dotted(call.func).startswith("attention.")]
+
+    def check(self) -> None:
+        """One core call; every name it is given is bound as it is written above."""
+        kernel = self.kernel
+        cores = [call for call in self.calls if dotted(call.func).split(".")[1] in _CORES]
+        if len(cores) != 1:
+            kernel.note("attention", self.calls[0], f"{len(cores)} calls for the sums of one program")
+        for statement in kernel.statements:
+            for name, value in assigned(statement):
+                if (
+                    name in _PATTERNS
+                    and value is not None
+                    and not _PATTERNS[name].fullmatch(kernel.text(value))
+                ):
+                    kernel.note("attention", statement)
+        if kernel.loops:
+            kernel.note("attention", kernel.loops[0], "a loop around the sums of a program")
+        causal = kernel.text_of("CAUSAL") == "True"
+        if kernel.text_of("end") and (kernel.text_of("end") == "KEYS") == causal:
+            kernel.note("attention", kernel.assignments["end"], f"CAUSAL = {causal}")
+        if kernel.text_of("full") and ("first_position" in kernel.text_of("full")) != causal:
+            kernel.note("attention", kernel.assignments["full"], f"CAUSAL = {causal}")
+
+    def check_lengths(self, forms: Forms, arguments: Names) -> None:
+        """Tile, chunks and precision are those of a form of the certificate."""
+        kernel = self.kernel
+        names = ("BLOCK_N", "NEAR_CHUNK", "NEAR_CHUNKS", "FAR_CHUNK")
+        if "BLOCK_N" not in kernel.assignments or forms.is_open:
+            return  # a fold takes chunks as they are stored
+        values = [kernel.values(name, arguments) for name in names]
+        if any(value is None or not is_constant(value) for value in values):
+            kernel.note("attention", None, f"{', '.join(names)} are not constants")
+            return
+        tile, near, count, far = (value[0] for value in values if value)
+        accumulator = "tf32/float32" if kernel.text_of("INPUT_PRECISION") == "'tf32'" else "float32"
+        found = (accumulator, tile, near, near * count, far)
+        if found not in forms.attentions:
+            kernel.note("attention", None, f"no form of this kernel is Attention{found}")

@@ -1,0 +1,246 @@
+"""The GPU's attention kernels without a GPU: their form, their source, the oracle's bits in the interpreter."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_accurate
+
+from bi_inductor import contract, inspect, oracle, verifier
+from bi_inductor.attention_op import attention
+from bi_inductor.interpreter import run_in_interpreter
+from bi_inductor.offline import compile_offline
+from bi_inductor.testing import same_bits
+
+causal = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+full = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+
+
+def masked(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def operands(batch, heads, key_heads, queries, keys, head_dim, value_dim=None, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        (heads, queries, head_dim),
+        (key_heads, keys, head_dim),
+        (key_heads, keys, value_dim or head_dim),
+    )
+    return [torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def kernels(fn, *inputs, **options):
+    (graph,) = inspect(fn, *inputs, **options).graphs
+    return graph
+
+
+class Numpy:
+    """The interpreter's ``exp2``."""
+
+    exp2 = staticmethod(lambda x: torch.from_numpy(numpy.exp2(x.numpy())))
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """The form with tiles and chunks so short that a few dozen keys have all kinds of borders."""
+    stock = contract.attention_form
+
+    def form(*arguments, **options):
+        return dataclasses.replace(
+            stock(*arguments, **options), tile=16, near_chunk=32, near_keys=64, far_chunk=64
+        )
+
+    monkeypatch.setattr(contract, "attention_form", form)
+    return form
+
+
+# ---------------------------------------------------------------- the form
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_chunks_are_whole_tiles(dtype):
+    for width in range(1, 257):
+        form = contract.attention_form(width, 128, dtype)
+        assert form.near_chunk % form.tile == form.far_chunk % form.tile == 0
+        assert form.near_keys % form.near_chunk == 0
+        assert form.free_symbols == set()
+
+
+def test_what_has_no_form():
+    assert contract.attention_form(64, 64, torch.float64) is None
+    assert contract.attention_form(257, 64, torch.bfloat16) is None
+    assert contract.attention_form(64, 512, torch.bfloat16) is None
+
+
+def test_tf32_is_another_form():
+    forms = {str(contract.attention_form(64, 64, torch.float32, tf32=tf32)) for tf32 in (False, True)}
+    assert len(forms) == 2
+    assert contract.attention_form(64, 64, torch.bfloat16, tf32=True).accumulator == "float32"
+
+
+def test_one_fingerprint_for_every_batch_query_length_and_key_length():
+    shapes = [(1, 1, 7), (2, 1, 9000), (3, 70, 70), (7, 1000, 3000)]
+    graphs = [kernels(full, *operands(b, 4, 2, q, k, 64)) for b, q, k in shapes]
+    assert len({graph.certificate.fingerprint for graph in graphs}) == 1
+    assert all("Attention(float32, 64, 512, 8192, 2048)" in str(graph.certificate) for graph in graphs)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
+def test_nothing_to_attend_to(sizes):
+    batch, queries, keys = sizes
+    inputs = operands(batch, 4, 2, queries, keys, 16)
+    assert not kernels(full, *inputs).certificate.counts.get("REFUSED")
+    assert same_bits(run_in_interpreter(full, *inputs), full(*inputs))
+
+
+# ---------------------------------------------------------------- the kernels' sums
+
+
+def test_the_oracles_bits(short_chunks):
+    inputs = operands(1, 2, 1, 40, 150, 24, 20)
+    result = run_in_interpreter(full, *inputs)
+    assert_accurate(result, full(*(x.double() for x in inputs)))
+    query, key, value = inputs
+    form = short_chunks(24, 20, torch.bfloat16)
+    for head in range(2):
+        expected = oracle.attention(
+            query[0, head], key[0, 0], value[0, 0], form, scale=1 / math.sqrt(24), elementwise=Numpy
+        )
+        assert same_bits(result[0, head], expected)
+
+
+def test_decoding_gives_the_oracles_bits_of_prefill(short_chunks):
+    """Causal prefill in tiles of 64 rows; decoding with chunks side by side."""
+    query, key, value = operands(1, 2, 1, 100, 100, 16)
+    visible = torch.ones(100, 100, dtype=torch.bool).tril()
+    prefill = run_in_interpreter(causal, query, key, value)
+    form = short_chunks(16, 16, torch.bfloat16)
+    expected = oracle.attention(
+        query[0, 1], key[0, 0], value[0, 0], form, scale=0.25, mask=visible, elementwise=Numpy
+    )
+    assert same_bits(prefill[0, 1], expected)
+    for t in (0, 31, 32, 99):
+        row = run_in_interpreter(full, query[:, :, t : t + 1], key[:, :, : t + 1], value[:, :, : t + 1])
+        assert same_bits(row, prefill[:, :, t : t + 1]), t
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_and_rows_without_a_key(short_chunks, kind):
+    inputs = operands(2, 2, 1, 9, 70, 16)
+    mask = torch.rand(2, 1, 9, 70, generator=torch.Generator().manual_seed(1)) > 0.5
+    mask[0, 0, 3] = False
+    if kind == "float":
+        mask = torch.randn(9, 70).masked_fill(~mask, -math.inf)
+    result = run_in_interpreter(masked, *inputs, mask)
+    wide = mask.double() if kind == "float" else mask
+    assert_accurate(result, masked(*(x.double() for x in inputs), wide))
+    assert not result[0, :, 3].any() and not result.isnan().any()
+
+
+# ---------------------------------------------------------------- source and cubins
+
+
+def test_few_rows_compute_chunks_side_by_side_and_many_in_sequence():
+    decode = kernels(full, *operands(1, 32, 8, 1, 4096, 128), dynamic=True).source
+    prefill = kernels(causal, *operands(1, 16, 8, 2000, 2000, 128)).source
+    assert "attention.one_chunk(" in decode and "attention.fold_chunks(" in decode
+    assert "attention.all_chunks(" in prefill and "one_chunk" not in prefill
+
+
+def test_query_length_that_is_only_known_at_run_time_never_splits():
+    """What the chunks would store grows with the queries, and a hint does not say how many will come."""
+
+    def fn(query, key, value):
+        torch._dynamo.mark_dynamic(query, 2)
+        return full(query, key, value)
+
+    source = kernels(full, *operands(2, 4, 2, 30, 4096, 64), dynamic=True).source
+    assert "attention.all_chunks(" in source and "fold_chunks" not in source
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_cubins(target):
+    for fn, inputs in (
+        (causal, operands(2, 8, 2, 256, 256, 128)),
+        (full, operands(1, 8, 2, 1, 4096, 64)),
+    ):
+        for kernel in compile_offline(inspect(fn, *inputs, target=target), target):
+            assert 0 < kernel.registers <= 255 and kernel.stack_bytes <= 512, str(kernel)
+
+
+@pytest.fixture(scope="module")
+def emitted():
+    made = {
+        "prefill": kernels(causal, *operands(2, 8, 2, 250, 250, 128), dynamic=True),
+        "decode": kernels(full, *operands(2, 8, 2, 1, 4096, 96)),
+        "mask": kernels(masked, *operands(2, 8, 2, 40, 300, 64), torch.rand(2, 1, 40, 300) > 0.5),
+    }
+    return {name: (graph.source, graph.certificate) for name, graph in made.items()}
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "mask"])
+def test_emitted_code_is_clean(emitted, name):
+    assert verifier.verify(*emitted[name]) == ()
+
+
+CORRUPTIONS = {
+    "another tile": ("prefill", r"BLOCK_N : tl.constexpr = 64", "BLOCK_N : tl.constexpr = 32"),
+    "another chunk": ("decode", r"NEAR_CHUNK : tl.constexpr = 512", "NEAR_CHUNK : tl.constexpr = 256"),
+    "other precision": ("prefill", r"'ieee'\n", "'tf32'\n"),
+    "keys beyond the mask": ("prefill", r"last_position \+ 1\)", "last_position + 2)"),
+    "not all keys": ("decode", r"end = KEYS", "end = KEYS - 1"),
+    "rows that do not exist": ("mask", r"idx_m, exists\)", "idx_m, inside)"),
+    "full tiles too far": (
+        "prefill",
+        r"first_position \+ 1\) // BLOCK_N \*",
+        "last_position + 1) // BLOCK_N *",
+    ),
+    "rows of another head": ("prefill", r"key_head \* GROUP \+ rows % GROUP", "key_head * GROUP"),
+    "chunks swapped": ("decode", r"chunk_start\(idx_c, ", "chunk_start(idx_c + 1, "),
+    "a chunk twice": ("decode", r"low, full, high", "low, full, end"),
+    "the state of another row": ("decode", r"SUMS, row, ROWS", "SUMS, 0, ROWS"),
+    "sums unfinished": ("prefill", r"attention\.finish\(m, sums, acc\)", "(acc, sums)"),
+    "causal by name only": ("prefill", r"CAUSAL : tl.constexpr = True", "CAUSAL : tl.constexpr = False"),
+    "another function": ("decode", r"attention\.one_chunk\(", "attention.all_chunks("),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_is_found(emitted, name):
+    base, old, new = CORRUPTIONS[name]
+    source, certificate = emitted[base]
+    corrupted = re.sub(old, new, source, count=1)
+    assert corrupted != source, "the corruption changes nothing"
+    assert "attention" in {finding.rule for finding in verifier.verify(corrupted, certificate)}
+
+
+# ---------------------------------------------------------------- the op
+
+
+def test_the_op_and_its_gradients():
+    inputs = [x.double().requires_grad_() for x in operands(1, 4, 2, 2, 3, 4, 3, torch.float64)]
+    mask = torch.randn(1, 4, 2, 3, dtype=torch.float64).requires_grad_()
+    torch.library.opcheck(attention, (*inputs, None, True, 0.3))
+    torch.autograd.gradcheck(lambda *x: attention(*x, False, 0.3), (*inputs, mask), eps=1e-6, atol=1e-7)
+    torch.autograd.gradcheck(lambda *x: attention(*x, None, True, 0.3), inputs, eps=1e-6, atol=1e-7)
+
+
+def test_the_op_maps_to_one_op():
+    query, key, value = operands(6, 4, 2, 5, 7, 8, dtype=torch.float32)
+    split = [x.unflatten(0, (2, 3)) for x in (query, key, value)]
+    mapped, _ = torch.vmap(lambda *x: attention(*x, None, True, 0.3))(*split)
+    assert same_bits(mapped.flatten(0, 1), attention(query, key, value, None, True, 0.3)[0])
+
+
+def test_the_backward_is_made_of_canonical_ops():
+    inputs = [x.float().requires_grad_() for x in operands(2, 4, 2, 33, 33, 16)]
+    graphs = inspect(causal, *inputs, backward=True).graphs
+    assert len(graphs) == 2
+    for graph in graphs:
+        assert verifier.verify(graph.source, graph.certificate) == ()

@@ -85,8 +85,8 @@ class GroupChain(Form):
 class Chunks(Form):
     """Every ``chunk`` of ``length`` products is a Chain from 0; their sums are added left to right in fp32."""
 
-    length: Length
     chunk: int
+    length: Length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +171,8 @@ def fp8_matmul_form(
     """The form of a product of fp8 matrices on the MMA instructions called ``family`` (``"wgmma_k32"`` ...)."""
     accumulator = f"fp8_{family}/float32"
     if block_scales:
-        return ScaledChunks(accumulator, length, FP8_CHUNK)
-    return Chain(accumulator, length) if fast_accumulation else Chunks(accumulator, length, FP8_CHUNK)
+        return ScaledChunks(accumulator, FP8_CHUNK, length)
+    return Chain(accumulator, length) if fast_accumulation else Chunks(accumulator, FP8_CHUNK, length)
 
 
 def matmul_form(length: Length, dtype: Any, *, tf32: bool = False) -> Form:

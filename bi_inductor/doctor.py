@@ -13,12 +13,14 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bi_inductor.targets import TARGETS
 from bi_inductor.templates import quantized_tiles, tile_table
 from bi_inductor.templates.tile_table import Tile
 
@@ -206,12 +208,12 @@ def _run(
     weights = [weight for _, weight in pairs]
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_tiles_in_turn(kind.template, [*tiles] * len(pairs)))
+        stack.enter_context(tiles_in_turn(kind.template, [*tiles] * len(pairs)))
         stack.enter_context(_tf32(kind.tf32))
         stack.enter_context(torch.no_grad())
-        kernels = stack.enter_context(_loaded_kernels())
+        sources = stack.enter_context(_loaded_sources())
         outputs = execute(graph, inputs, weights)
-    families = [_family(kernel) for kernel in kernels if "_tem_" in kernel.fn.__name__]
+    families = [family for source in sources for family in instructions(source, len(tiles))]
     return outputs, (families or ["unknown"] * len(tiles))[: len(tiles)]
 
 
@@ -220,7 +222,7 @@ def _on_the_gpu(graph: Callable[..., Any], *inputs: Any) -> list[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def _tiles_in_turn(template: str, tiles: Sequence[Tile]) -> Iterator[None]:
+def tiles_in_turn(template: str, tiles: Sequence[Tile]) -> Iterator[None]:
     """The products of a graph get these tiles, in the order in which they are lowered; nothing is cached."""
     import importlib
 
@@ -246,23 +248,38 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loaded_kernels() -> Iterator[list[Any]]:
-    """The Triton kernels of the modules that are loaded meanwhile, in the order of their definition."""
+def _loaded_sources() -> Iterator[list[str]]:
+    """The generated modules that are loaded meanwhile, as text."""
     from torch._inductor.codecache import PyCodeCache
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-    before, kernels = len(PyCodeCache.modules), []  # type: tuple[int, list[Any]]
-    with torch._inductor.config.patch(use_static_cuda_launcher=False):
-        yield kernels
-    for module in PyCodeCache.modules[before:]:
-        found = [value for value in vars(module).values() if isinstance(value, CachingAutotuner)]
-        kernels += [kernel for kernel in found if kernel not in kernels and hasattr(module, "call")]
+    before, sources = len(PyCodeCache.modules), []  # type: tuple[int, list[str]]
+    yield sources
+    wrappers = [module for module in PyCodeCache.modules[before:] if hasattr(module, "call")]
+    sources += [Path(str(module.__file__)).read_text() for module in wrappers]
 
 
-def _family(kernel: Any) -> str:
-    """What multiplies in a compiled kernel, with the products a step of it adds up; from its PTX."""
-    results = getattr(kernel, "launchers", None) or []
-    ptx = getattr(getattr(results[0], "bin", None), "asm", {}).get("ptx", "") if results else ""
+def instructions(source: str, count: int, target: str | None = None) -> list[str]:
+    """What multiplies in the first ``count`` products of a generated module, each in the order of the module.
+
+    ``target``: an architecture of ``targets.TARGETS``, by default this GPU's. "unknown" for one that is not there.
+    """
+    from bi_inductor.inspection import kernel_definitions
+    from bi_inductor.offline import compile_offline
+
+    if target is None:
+        major, minor = torch.cuda.get_device_capability()
+        target = f"sm_{major}{minor}"
+    products = [(name, text) for name, text in kernel_definitions(source).items() if "_tem_" in name]
+    if target not in TARGETS:
+        return ["unknown"] * min(count, len(products))
+    try:  # what was compiled for the run is found in Triton's cache
+        return [_family(kernel.ptx) for kernel in compile_offline(dict(products[:count]), target)]
+    except Exception:  # a name for the report, which must not cost it
+        return ["unknown"] * min(count, len(products))
+
+
+def _family(ptx: str) -> str:
+    """The kind of multiply-add in ``ptx``, with the products that a step of it adds up."""
     for name, pattern in _INSTRUCTIONS.items():
         found = re.search(pattern, ptx)
         if found:

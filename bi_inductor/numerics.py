@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .certificate import Certificate, Entry
 
 _OPS = ("aten.", "prims.", "inductor_prims.", "bi_inductor.")
-_WITH_LENGTH = ("Chain(", "Exact(", "Tree(")
+_WITH_LENGTH = ("Chain(", "Chunks(", "Exact(", "ScaledChunks(", "Tree(")
 _LONGEST_SHOWN = 300
 _IN_PLACE = re.compile(r"_\.\w+$")  # aten.copy_.default
 #: What an op reads: "input 0", an op that computes, or elements moved from there.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_scaled_matmul import families
 
-from bi_inductor import cli, doctor
+from bi_inductor import cli, doctor, inspect, verifier
 from bi_inductor.commands import doctor as command
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.templates import mma_family, quantized_tiles, tile_table
@@ -43,7 +43,7 @@ def test_a_tile_that_computes_something_else_is_a_second_class(few_outputs):
 
     def unverified(*graph):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bi_inductor.verifier.check", lambda *_: None)
+            patch.setattr("bi_inductor.verifier.check", verifier.examine)
             return run_in_interpreter(*graph)
 
     (result,) = doctor.examine(small(FP8, 304), tiles, device="cpu", execute=unverified)
@@ -117,11 +117,19 @@ def test_the_selector_returns_selectable_tiles_only(capability):
                 assert tile in quantized_tiles.candidates(name, capability)
 
 
-def test_families_are_read_from_ptx():
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_families_are_read_from_ptx(target):
+    """Of a whole module, product by product; what else is in it is left out."""
+    tiles = [Tile(16, 64, 64, 4, 3, swap=True), Tile(16, 32, 64, 4, 3)]
+    a, b = torch.randn(64, 128).bfloat16(), torch.randn(64, 128).bfloat16()
+
+    def graph(x, y, weight):
+        return x @ weight.t(), y @ weight.t(), x.float().sum(-1)
+
+    with doctor.tiles_in_turn("triton_matmul", tiles):
+        source = inspect(graph, a, a + 1, b, target=target).source
+    wide = "wgmma k16" if target == "sm_90" else "mma.sync k16"
+    assert doctor.instructions(source, 2, target) == [wide, "mma.sync k16"]
+    assert doctor.instructions(source, 1, target) == [wide]
+    assert doctor.instructions(source, 2, "sm_120") == ["unknown", "unknown"]
     assert families("wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3") == {"wgmma_k32"}
-    kernel = type("Kernel", (), {"launchers": []})()
-    assert doctor._family(kernel) == "unknown"
-    ptx = {"ptx": "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {...};"}
-    launcher = type("Launcher", (), {"bin": type("Bin", (), {"asm": ptx})})
-    kernel.launchers = [launcher]
-    assert doctor._family(kernel) == "wgmma k32"

@@ -8,7 +8,7 @@ import torch
 from devices import compiled
 from torch.nn.functional import ScalingType
 
-from bi_inductor import BatchInvarianceError, inspect, oracle
+from bi_inductor import BatchInvarianceError, inspect, oracle, verifier
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.offline import compile_offline
 from bi_inductor.templates import quantized_tiles, triton_quantized
@@ -157,7 +157,7 @@ def test_a_small_tile_would_be_of_another_family():
     with mock.patch.object(triton_quantized, "tile_for", lambda *args, **kwargs: small):
         with pytest.raises(BatchInvarianceError, match="mma_k16"):
             inspect(scaled(), a, b, torch.ones(1), torch.ones(1))
-        with mock.patch("bi_inductor.verifier.check"):
+        with mock.patch("bi_inductor.verifier.check", verifier.examine):
             (kernel,) = compile_offline(inspect(scaled(), a, b, torch.ones(1), torch.ones(1)))
     assert families(kernel.ptx) == {"mma_k16"}
 
@@ -203,3 +203,15 @@ def test_mistakes_get_eager_s_error():
         inspect(scaled(), *operands(16, 31, 256), one, one)
     with pytest.raises(Exception, match=r"[Ii]nvalid scaling"):
         inspect(scaled(), a, b, scales(15, 1), scales(1, 32))
+
+
+def test_the_certificate_names_family_and_chunks():
+    a, b = operands(16, 32, 256)
+    forms = {
+        False: "Chunks(fp8_wgmma_k32/float32, 128, 256)",
+        True: "Chain(fp8_wgmma_k32/float32, 256)",
+    }
+    for fast, form in forms.items():
+        (made,) = inspect(scaled(fast=fast), a, b, torch.ones(1), torch.ones(1)).certificates
+        (entry,) = (entry for entry in made.entries if entry.form)
+        assert entry.form == form and entry.level == "verified in source"

@@ -308,8 +308,9 @@ CORRUPTIONS = {
     "rows of another start": Corruption(
         "grouped rows",
         "dot",
-        r"starts = tl\.minimum\(tl\.where\(group <= groups, last_end, M\), ends\)",
-        "starts = ends",
+        r"tl\.where\(group < mine, sizes, 0\)",
+        "tl.where(group <= mine, sizes, 0)",
+        False,
     ),
     "a sum of values": Corruption(
         "grouped rows", "reduction", r"first_row = tl\.sum\(.*\)", "first_row = tl.sum(acc, 0)", False

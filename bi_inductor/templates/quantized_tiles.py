@@ -40,7 +40,9 @@ _SMALLEST_SHARED_BYTES = 101376
 
 def candidates(kind: str, capability: int) -> tuple[Tile, ...]:
     """Every tile that ``tile_for`` may choose for a product of ``kind``, one of ``KINDS``."""
-    tiles = _CHUNKED if kind == "fp8 in chunks" else _CHAINED
+    tiles: tuple[Tile, ...] = _CHUNKED if kind == "fp8 in chunks" else _CHAINED
+    if capability < 90:  # operands of mma.sync are in registers, too many of them beside 128 sums a thread
+        tiles = tuple(tile for tile in tiles if tile.block_n < 256)
     return tuple(_fit(tile, capability) for tile in tiles)
 
 

@@ -8,7 +8,7 @@ hardware's MMA, one accumulator, K padded with zeros to whole steps, then ``+ 0.
 bits of an ordinary product with its group's matrix, whatever the other rows are and wherever it stands.
 
 rows: tiles are numbered group by group. A program adds up the groups' numbers of tiles, which are integers, to find
-its group and its place there; rows behind the last group make up one more, without products.
+its group and its place there; rows behind the last group are like those of one more, without products.
 """
 
 from __future__ import annotations
@@ -68,16 +68,17 @@ ROWS_SOURCE = (
     groups = {{size("B", 0)}}
     number = tl.program_id(0)
     group = tl.arange(0, GROUPS)
-    # One group more than there are: the rows that belong to none.
-    ends = tl.minimum(tl.load(ENDS + group * ({{stride("ENDS", 0)}}), mask=group < groups, other=M), M)
-    before = (group > 0) & (group <= groups)
-    last_end = tl.load(ENDS + (group - 1) * ({{stride("ENDS", 0)}}), mask=before, other=0)
-    starts = tl.minimum(tl.where(group <= groups, last_end, M), ends)
-    tiles = tl.cdiv(ends - starts, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    mine = tl.sum((tl.cumsum(tiles, 0) <= number).to(tl.int32), 0)
+    ends = tl.minimum(tl.load(ENDS + group * ({{stride("ENDS", 0)}}), mask=group < groups, other=0), M)
+    before = (group > 0) & (group < groups)
+    starts = tl.load(ENDS + (group - 1) * ({{stride("ENDS", 0)}}), mask=before, other=0)
+    sizes = tl.maximum(ends - starts, 0)
+    tiles = tl.cdiv(sizes, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    mine = tl.sum(((tl.cumsum(tiles, 0) <= number) & (group < groups)).to(tl.int32), 0)
     first_tile = tl.sum(tl.where(group < mine, tiles, 0), 0)
-    first_row = tl.sum(tl.where(group == mine, starts, 0), 0)
-    last_row = tl.sum(tl.where(group == mine, ends, 0), 0)
+    first_row = tl.sum(tl.where(group < mine, sizes, 0), 0)
+    own_rows = tl.sum(tl.where(group == mine, sizes, 0), 0)
+    # Behind the last group: the rows that belong to none.
+    last_row = tl.minimum(tl.where(mine < groups, first_row + own_rows, M), M)
     # The tiles of one group that share columns are neighbours, so that its matrix is read from memory once.
     grid_m = tl.maximum(tl.cdiv(last_row - first_row, BLOCK_M), 1)
     tile_m = (number - first_tile) % grid_m
@@ -172,7 +173,7 @@ def grouped_rows(a: ir.TensorBox, b: ir.TensorBox, ends: ir.TensorBox) -> ir.Ten
     tile = _tile(operands, -(-m // groups), n, k, min(groups, m))
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), size)
     constants = {
-        "GROUPS": 1 << groups.bit_length(),  # a power of two, at least one more than there are
+        "GROUPS": 1 << (groups - 1).bit_length(),
         "GROUP_LIMIT": _most_groups(size[0], groups + 1),
         "EVEN_K": _multiple(a.get_size()[1], tile.block_k),
     }

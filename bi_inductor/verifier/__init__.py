@@ -38,7 +38,8 @@ __all__ = ["Examination", "ExaminedKernel", "Finding", "check", "examine", "veri
 @dataclasses.dataclass(frozen=True)
 class ExaminedKernel:
     """A kernel as the verifier read it: its text, the graph nodes that a comment names for it, and ``retraced``:
-    (combine or "chain", length) of the sums and products that were followed in the text and have a form's order.
+    (combine, "chain", "chunks" or "group chain", length) of the sums and products that were followed in the text and
+    have a form's order; a group's length is not known.
     """
 
     name: str

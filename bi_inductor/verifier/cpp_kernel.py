@@ -337,7 +337,9 @@ class CppKernel:
             if length is not None and length not in forms.lengths(combine):
                 self._note("length", number, f"no form of this graph reduces {end} elements by {combine}")
         has_groups_of_k = "run_depth_groups" in self.text
-        if has_groups_of_k and not forms.group_chains:
+        if has_groups_of_k and forms.group_chains:
+            self.retraced.add(("group chain", ()))
+        elif has_groups_of_k:
             self._note("length", 1, "no form of this graph is a chain over the rows of a group")
         k = arguments.get("k") if self.is_product and not has_groups_of_k else None
         lengths = {length for _, length in forms.chains}

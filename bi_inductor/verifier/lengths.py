@@ -28,7 +28,7 @@ _SMALL_PRIMES = 2**13 * 3**3 * 5**2 * 7 * 11
 _SYMBOL = re.compile(r"[su]\d+")
 _REDUCTION = re.compile(r"(Tree|Exact)\(\w+, ([^,]+), (.+)\)")
 _CHAIN = re.compile(r"Chain\(([\w/]+), (.+)\)")
-_CHUNKS = re.compile(r"(Scaled)?Chunks\(([\w/]+), (.+), (\d+)\)")
+_CHUNKS = re.compile(r"(Scaled)?Chunks\(([\w/]+), (\d+), (.+)\)")
 _ATTENTION = re.compile(r"Attention\(([\w/]+), (\d+), (\d+), (\d+), (\d+)\)")
 #: Forms whose kernels reduce no axis: what they add is written out, element by element.
 _WITHOUT_LENGTH = ("Drawn", "GroupChain", "Scan", "Segments")
@@ -151,7 +151,7 @@ class Forms:
             self.attentions.add((attention[1], tile, near_chunk, near_keys, far_chunk))
             return
         chain, reduction, chunked = (shape.fullmatch(form) for shape in (_CHAIN, _REDUCTION, _CHUNKS))
-        found = (chain and chain[2]) or (reduction and reduction[3]) or (chunked and chunked[3])
+        found = (chain and chain[2]) or (reduction and reduction[3]) or (chunked and chunked[4])
         length = _form_length(found or "?")
         if form.startswith(_WITHOUT_LENGTH):
             if form.startswith("GroupChain("):
@@ -160,7 +160,7 @@ class Forms:
         if length is None:
             self.is_open = True
         elif chunked:
-            self.chunked.add((chunked[2], length, int(chunked[4]), bool(chunked[1])))
+            self.chunked.add((chunked[2], length, int(chunked[3]), bool(chunked[1])))
         elif chain:
             self.chains.add((chain[1], length))
         elif reduction:

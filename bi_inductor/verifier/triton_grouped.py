@@ -12,16 +12,17 @@ from .triton_product import ChainedProduct
 _STRIDE = r"\(\w+\)"
 #: How a program finds its group, and the group's stretch of rows or of k: sums of integers, and only these.
 _ROWS = {
-    "ends": rf"tl\.minimum\(tl\.load\(ENDS \+ group \* {_STRIDE}, mask=group < groups, other=M\), M\)",
-    "before": r"\(group > 0\) & \(group <= groups\)",
-    "last_end": rf"tl\.load\(ENDS \+ \(group - 1\) \* {_STRIDE}, mask=before, other=0\)",
-    "starts": r"tl\.minimum\(tl\.where\(group <= groups, last_end, M\), ends\)",
-    "tiles": r"tl\.cdiv\(ends - starts, BLOCK_M\) \* tl\.cdiv\(N, BLOCK_N\)",
-    "mine": r"tl\.sum\(\(tl\.cumsum\(tiles, 0\) <= number\)\.to\(tl\.int32\), 0\)",
-    "first_tile": r"tl\.sum\(tl\.where\(group < mine, tiles, 0\), 0\)",
-    "first_row": r"tl\.sum\(tl\.where\(group == mine, starts, 0\), 0\)",
-    "last_row": r"tl\.sum\(tl\.where\(group == mine, ends, 0\), 0\)",
     "group": r"tl\.arange\(0, GROUPS\)",
+    "ends": rf"tl\.minimum\(tl\.load\(ENDS \+ group \* {_STRIDE}, mask=group < groups, other=0\), M\)",
+    "before": r"\(group > 0\) & \(group < groups\)",
+    "starts": rf"tl\.load\(ENDS \+ \(group - 1\) \* {_STRIDE}, mask=before, other=0\)",
+    "sizes": r"tl\.maximum\(ends - starts, 0\)",
+    "tiles": r"tl\.cdiv\(sizes, BLOCK_M\) \* tl\.cdiv\(N, BLOCK_N\)",
+    "mine": r"tl\.sum\(\(\(tl\.cumsum\(tiles, 0\) <= number\) & \(group < groups\)\)\.to\(tl\.int32\), 0\)",
+    "first_tile": r"tl\.sum\(tl\.where\(group < mine, tiles, 0\), 0\)",
+    "first_row": r"tl\.sum\(tl\.where\(group < mine, sizes, 0\), 0\)",
+    "own_rows": r"tl\.sum\(tl\.where\(group == mine, sizes, 0\), 0\)",
+    "last_row": r"tl\.minimum\(tl\.where\(mine < groups, first_row \+ own_rows, M\), M\)",
     "steps": r"tl\.where\(mine < groups, tl\.cdiv\(K, BLOCK_K\), 0\)",
 }
 _DEPTH = {
@@ -65,7 +66,9 @@ class GroupedProduct(ChainedProduct):
         super().check_lengths(forms, arguments)
         found = self.kernel.text_of("ACC_TYPE"), self.kernel.text_of("INPUT_PRECISION")
         is_form = "float32" in forms.group_chains and found == ("tl.float32", "'ieee'")
-        if self.is_over_groups and not (is_form or forms.is_open):
+        if self.is_over_groups and is_form:
+            self.retraced.add(("group chain", ()))
+        elif self.is_over_groups and not forms.is_open:
             self.kernel.note(
                 "length", self.kernel.assignments.get("K"), "no form of this kernel is a chain of a group"
             )

@@ -66,6 +66,7 @@ class QuantizedProduct(ChainedProduct):
         if not accumulators:
             self.kernel.note("length", at, "no form of this kernel has this K in such chunks")
             return
+        self.retraced.add(("chunks" if self.is_chunked else "chain", length))
         family = self._family()
         if f"fp8_{family}/float32" not in accumulators or self.kernel.text_of("ACC_TYPE") != "tl.float32":
             self.kernel.note(

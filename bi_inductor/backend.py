@@ -65,6 +65,9 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from .accumulation.continuing import continue_sums
+    from .accumulation.marking import Marked, mark_parameters
+    from .accumulation.runtime import with_gradients_continued
     from .decompositions import decompositions
     from .entries import dynamo_floats
     from .graph import refuse_or_warn
@@ -78,20 +81,23 @@ def compile_graph(
         unproven.append(error)
 
     @functools.wraps(compile_fx_inner)
-    def inner_compile(*args: Any, **kwargs: Any) -> Any:
+    def inner_compile(lowered: GraphModule, *args: Any, **kwargs: Any) -> Any:
         # The backward is compiled later, when the first gradient is asked for: outside the block below.
         with unwrapped(), scope.compiling(ours, unproven, patches=patches, floats=floats):
-            return compile_fx_inner(*args, **kwargs)
+            return compile_fx_inner(continue_sums(lowered), *args, **kwargs)
 
     with (
         unwrapped(),
         scope.compiling(ours, unproven, patches=patches, floats=floats),
         sdpa_kernel(SDPBackend.MATH),
     ):
-        return compile_fx(
-            canonicalize(gm, refuse),
-            example_inputs,
+        canonical = canonicalize(gm, refuse)
+        marked = mark_parameters(canonical) if ours.continue_gradients else Marked(canonical)
+        compiled = compile_fx(
+            marked.gm,
+            [*example_inputs, *marked.starts],
             inner_compile=inner_compile,
             config_patches=patches,
             decompositions=decompositions(),
         )
+    return with_gradients_continued(compiled, marked.positions) if marked.positions else compiled

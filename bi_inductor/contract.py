@@ -82,6 +82,21 @@ class GroupChain(Form):
 
 
 @dataclasses.dataclass(frozen=True)
+class ContinuedChain(Form):
+    """As Chain, from the gradient that is there instead of 0; not rounded."""
+
+    length: Length
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuedSum(Form):
+    """Trees over blocks of ``block`` elements, added left to right to the gradient that is there."""
+
+    length: Length
+    block: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Chunks(Form):
     """Every ``chunk`` of ``length`` products is a Chain from 0; their sums are added left to right in fp32."""
 

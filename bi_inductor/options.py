@@ -29,13 +29,20 @@ class Options:
 
     unproven: "refuse" (default) raises BatchInvarianceError for an op without a canonical form;
               "warn" compiles the stock lowering of it, warns once and marks it UNPROVEN in the certificate.
+    continue_gradients: True lets the gradients of fp32 parameters go on from ``parameter.grad``, so that
+              micro-batches add up to the bits of the whole batch (docs/training.md).
     """
 
     unproven: str = "refuse"
+    continue_gradients: bool = False
 
     def __post_init__(self) -> None:
         if self.unproven not in ("refuse", "warn"):
             raise OptionError(f"batchinv.unproven must be 'refuse' or 'warn', not {self.unproven!r}")
+        if not isinstance(self.continue_gradients, bool):
+            raise OptionError(
+                f"batchinv.continue_gradients must be True or False, not {self.continue_gradients!r}"
+            )
 
 
 #: Inductor settings the contract needs, each with its reason. A user's option that says otherwise is refused.

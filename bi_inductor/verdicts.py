@@ -249,6 +249,20 @@ def _segment_tree(node: Node) -> Ruling:
     return Ruling(Verdict.CANONICAL, contract.Segments(accumulator, _argument(node, "combine")))
 
 
+@_special("mm_from")
+def _mm_from(node: Node) -> Ruling:
+    a = _value(node.args[1])
+    chain = contract.ContinuedChain(contract.accumulator_of(a.dtype), _length(a.shape[-1:]))
+    return Ruling(Verdict.CANONICAL, chain)
+
+
+@_special("sum_from")
+def _sum_from(node: Node) -> Ruling:
+    length = _reduced_length(_value(node.args[1]), node.args[2])
+    block: Any = node.args[3]
+    return Ruling(Verdict.CANONICAL, contract.ContinuedSum("float32", length, block))
+
+
 @_special("block_scan")
 def _block_scan(node: Node) -> Ruling:
     accumulator = contract.accumulator_of(_value(node.args[0]).dtype)

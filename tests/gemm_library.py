@@ -28,6 +28,7 @@ _ENTRY = """
 struct Spec {{
     using In = {operand}; using Acc = {accumulator}; using Bias = {bias}; using Out = {out};
     static constexpr bool has_bias() {{ return {has_bias}; }}
+    static constexpr bool bias_is_start() {{ return {bias_is_start}; }}
     static constexpr bool scale_product() {{ return {scale_product}; }}
     static constexpr bool scale_bias() {{ return {scale_bias}; }}
     static constexpr double alpha() {{ return {alpha}; }}
@@ -52,6 +53,7 @@ class Gemm:
 
     dtype: torch.dtype = torch.float32
     has_bias: bool = False
+    bias_is_start: bool = False
     alpha: float = 1.0
     beta: float = 1.0
     out_dtype: torch.dtype | None = None
@@ -76,6 +78,7 @@ class Gemm:
             bias=_CPP[self.dtype],
             out=_CPP[self.out_dtype or self.dtype],
             has_bias=str(self.has_bias).lower(),
+            bias_is_start=str(self.bias_is_start).lower(),
             scale_product=str(self.alpha != 1).lower(),
             scale_bias=str(self.beta != 1).lower(),
             alpha=self.alpha,

@@ -81,6 +81,18 @@ def test_every_size_and_layout_is_the_chain() -> None:
                 assert_same(gemm(arranged(a, left), arranged(b, right)), expected, (m, n, k, left, right))
 
 
+def test_a_chain_goes_on_from_a_start() -> None:
+    """Cut anywhere along k, the second part started from the first one's sums: the chain of the whole."""
+    gemm, continued = Gemm(), Gemm(has_bias=True, bias_is_start=True)
+    for m, n, k in ((1, 9, 33), (1, 130, 400), (3, 17, 70), (13, 5, 40), (98, 33, 800), (30, 3, 31)):
+        a, b = random(1, m, k), random(1, k, n, seed=1)
+        for cut in (0, 1, k // 2, k):
+            first = gemm(a[..., :cut], b[:, :cut])
+            for layout in LAYOUTS:
+                rest = continued(a[..., cut:], b[:, cut:], arranged(first, layout))
+                assert_same(rest, gemm(a, b), (m, n, k, cut, layout))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_accumulate_widely_and_round_once(dtype: torch.dtype) -> None:
     gemm = Gemm(dtype, has_bias=True)

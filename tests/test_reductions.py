@@ -222,3 +222,11 @@ def test_stock_inductor_violates_what_is_tested_here(device):
     fn = torch.compile(ROW_FUNCTIONS["sum"], backend="inductor", dynamic=False)
     found["wide"] = sum(changed_rows_over_batches(fn, [wide], [1, 2, 9]).values())
     assert any(found.values()), found
+
+
+def test_a_short_bf16_sum_beside_fp16():
+    """Written out, it stands in a kernel that holds values of another dtype."""
+    x, y = random_rows(9, 5, 24, dtype=torch.bfloat16), random_rows(9, 24)
+    total, product = compiled(lambda x, y: (x.sum(1), x.sum(1) * y.half()), dynamic=False)(x, y)
+    assert same_bits(total, oracle.tree_sum(x, 1).bfloat16())
+    assert same_bits(product, total * y.half())

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bi_inductor.accumulation.ops import continuing, continuing_decomposed
 from bi_inductor.decompositions import convolution, grouped, integer, order, scaled, scatter
 from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
 
@@ -56,6 +57,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **scatter.TABLE,
         **order.TABLE,
         bmm_rounding: bmm_rounding_decomposed,
+        continuing: continuing_decomposed,
     }
     return _Table({**table, **ours})
 

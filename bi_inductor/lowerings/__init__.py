@@ -11,11 +11,12 @@ from typing import Any
 def table() -> dict[Any, Callable[..., Any]]:
     """Op overload -> lowering. Built on first use, since importing Inductor's lowerings takes a second."""
     from .. import attention_op, ops
-    from . import grouped, matmul, quantized, segments
+    from . import gradients, grouped, matmul, quantized, segments
     from .attention import attention
 
     return {
         **matmul.LOWERINGS,
+        **gradients.LOWERINGS,
         **quantized.LOWERINGS,
         **grouped.LOWERINGS,
         attention_op.attention: attention,

@@ -118,7 +118,9 @@ def _unrolled(
         positions = itertools.product(*(range(length) for length in lengths))
         accumulator = torch.float64 if src_dtype == torch.float64 else torch.float32
         level = [
-            ops.to_dtype(inner_fn(index, [sympy.Integer(i) for i in position]), accumulator, src_dtype)
+            ops.to_dtype(
+                inner_fn(index, [sympy.Integer(i) for i in position]), accumulator, src_dtype=src_dtype
+            )
             for position in positions
         ]
         while len(level) > 1:
@@ -210,6 +212,15 @@ class _Ordered:
         self, inner_fn: Callable[..., Any], numel: sympy.Expr, chunk: int, hint: ReductionHint
     ) -> ir.TensorBox:
         """The tree cut at subtrees of ``chunk`` leaves: partial[..., c], then the tree over c."""
+        partial = self.partial(inner_fn, numel, chunk, hint)
+        load = partial.make_loader()
+        chunks = partial.get_size()[-1]
+        return self.over(lambda index, reduced: load([*index, *reduced]), chunks, ReductionHint.DEFAULT)
+
+    def partial(
+        self, inner_fn: Callable[..., Any], numel: sympy.Expr, chunk: int, hint: ReductionHint
+    ) -> ir.TensorBox:
+        """[*ranges, chunks]: the tree over each ``chunk`` consecutive elements, the last one padded."""
         chunks = V.graph.sizevars.simplify(CeilDiv(numel, chunk))
         fits = V.graph.sizevars.statically_known_lt(numel + chunk, 2**31)
         index_dtype = torch.int32 if fits else torch.int64
@@ -227,8 +238,28 @@ class _Ordered:
         partial_ranges = [*self.ranges, chunks]
         partial = self._node(accumulator, chunk_fn, partial_ranges, sympy.Integer(chunk), hint)
         partial.realize()
-        load = partial.make_loader()
-        return self.over(lambda index, reduced: load([*index, *reduced]), chunks, ReductionHint.DEFAULT)
+        return partial
+
+
+def in_blocks(
+    device: torch.device,
+    inner_fn: Callable[..., Any],
+    ranges: Sequence[Any],
+    reduction_ranges: Sequence[Any],
+    block: int,
+) -> ir.TensorBox:
+    """[*ranges, blocks] in fp32: the tree over each ``block`` consecutive elements of the reduced axes."""
+    numel = V.graph.sizevars.simplify(sympy_product(reduction_ranges))
+    flat = _flattened(inner_fn, reduction_ranges, numel)
+    if block > 1:
+        ordered = _Ordered(device, torch.float32, torch.float32, "sum", list(ranges))
+        return ordered.partial(flat, numel, block, ReductionHint.OUTER)
+    return ir.Pointwise.create(
+        device=device,
+        dtype=torch.float32,
+        inner_fn=lambda index: flat(index[:-1], index[-1:]),
+        ranges=[*ranges, numel],
+    )
 
 
 def _next_power_of_two(value: int) -> int:

@@ -46,9 +46,12 @@ def chain_matmul(
     bias: ir.TensorBox | None = None,
     alpha: float = 1,
     beta: float = 1,
+    start: ir.TensorBox | None = None,
     out_dtype: torch.dtype,
 ) -> ir.TensorBox:
     """``round(alpha * (a @ b) + beta * bias)`` in the canonical order, as a C++ kernel.
+
+    ``start``: [M, N] in the accumulator's dtype, without a bias: what the chains go on from, instead of 0.
 
     ``a``: [M, K] or [B, M, K]; ``b``: [K, N] or [B, K, N]; one floating dtype, any strides; ``bias``
     broadcasts to the output. Returns a contiguous [M, N] or [B, M, N] of ``out_dtype``. A ``beta`` of 0 drops
@@ -59,8 +62,12 @@ def chain_matmul(
     operands = {"a": _strided(a), "b": _strided(b)}
     if bias is not None and beta != 0:
         operands["bias"] = _strided(lowering.expand(bias, size))
+    if start is not None:
+        operands["bias"] = _strided(start)
     layout = ir.FixedLayout(a.get_device(), out_dtype, size, ir.FlexibleLayout.contiguous_strides(size))
-    return ir.TensorBox.create(ChainMatmulBuffer(layout, operands, float(alpha), float(beta)))
+    return ir.TensorBox.create(
+        ChainMatmulBuffer(layout, operands, float(alpha), float(beta), start is not None)
+    )
 
 
 def _check_dtypes(
@@ -94,10 +101,17 @@ def _strided(x: ir.TensorBox) -> ir.IRNode:
 class ChainMatmulBuffer(ir.CppTemplateBuffer):
     """The IR node. ``operands`` maps "a", "b" and perhaps "bias" to strided inputs; ``layout``: the output's."""
 
-    def __init__(self, layout: ir.Layout, operands: dict[str, ir.IRNode], alpha: float, beta: float) -> None:
+    def __init__(
+        self,
+        layout: ir.Layout,
+        operands: dict[str, ir.IRNode],
+        alpha: float,
+        beta: float,
+        bias_is_start: bool = False,
+    ) -> None:
         super().__init__(layout, [*operands.values()], self._kernel_and_render, template=None, choice=None)
         self.operands = dict(zip(operands, self.inputs, strict=True))
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta, self.bias_is_start = alpha, beta, bias_is_start
         # An epilogue fused by Inductor would replace the kernel's own store.
         V.graph.no_fuse_buffer_names.add(self.get_name())
 
@@ -199,6 +213,7 @@ class ChainMatmulKernel(CppTemplateKernel):
         types["Bias"] = accumulator if bias is None else bias.get_dtype()
         scales = [
             ("bool", "has_bias", bias is not None),
+            ("bool", "bias_is_start", buffer.bias_is_start),
             ("bool", "scale_product", buffer.alpha != 1),
             ("bool", "scale_bias", buffer.beta != 1),
             ("double", "alpha", buffer.alpha),

@@ -266,7 +266,10 @@ class CppKernel:
     def _is_local(self, name: str) -> bool:
         return (
             bool(_SPECIAL.fullmatch(name) or re.fullmatch(r"(?:tmp|buf|x)\w*", name))
-            or (self.is_product and name in ("has_bias", "scale_product", "scale_bias", "alpha", "beta"))
+            or (
+                self.is_product
+                and name in ("has_bias", "bias_is_start", "scale_product", "scale_bias", "alpha", "beta")
+            )
             or name in ("__builtin_nan", "__builtin_inf")
         )
 

@@ -1,7 +1,8 @@
 // Matrix product with one fixed order of additions.
 //
 //   out[b,m,n] = round(alpha * chain(b,m,n) + beta * bias[b,m,n])
-//   chain      = fma(a[b,m,K-1], w[b,K-1,n], ... fma(a[b,m,1], w[b,1,n], fma(a[b,m,0], w[b,0,n], +0)))
+//   chain      = fma(a[b,m,K-1], w[b,K-1,n], ... fma(a[b,m,1], w[b,1,n], fma(a[b,m,0], w[b,0,n], start)))
+//   start      = +0, or what the bias holds if it is the start (then it is not added)
 //
 // Every output element has one accumulator (float, or double for double inputs) and visits k = 0 ... K-1 in
 // ascending order; operands are widened exactly; the multiply and the add of the epilogue round separately; then
@@ -196,9 +197,15 @@ template <class Spec, int MaxRows, int Columns> class Engine {
     for (int64_t r = 0; r < rows;) {
       const int64_t height = ceil_div(rows - r, ceil_div(rows - r, MaxRows));
       Acc* sum = several_passes_ ? item.sums + (strip + r) * ld + col : tile;
-      run_tile<MaxRows>(height, depth, {left.data + r * left.ld, left.ld}, right, first ? nullptr : sum, sum, ld);
-      if (last)
-        item.p.write(item.row + strip + r, item.col + col, height, std::min(width, item.cols - col), sum, ld);
+      const int64_t row = item.row + strip + r, cols = std::min(width, item.cols - col);
+      const Acc* start = first ? nullptr : sum;
+      if constexpr (Spec::bias_is_start())
+        if (first) {
+          item.p.load_start(row, item.col + col, height, cols, width, sum, ld);
+          start = sum;
+        }
+      run_tile<MaxRows>(height, depth, {left.data + r * left.ld, left.ld}, right, start, sum, ld);
+      if (last) item.p.write(row, item.col + col, height, cols, sum, ld);
       r += height;
     }
   }
@@ -230,7 +237,7 @@ template <class Spec> void run(const Product<Spec>& product, int limit) {
   const bool narrow = product.n < kLanes<typename Spec::Acc> && product.n < product.m;
   const Product<Spec> p = narrow ? product.transposed() : product;
   const int threads = choose_threads(double(p.batches) * double(p.m) * double(p.n) * double(p.k + 8), limit);
-  if constexpr (kHasRowKernel<Spec>)
+  if constexpr (kHasRowKernel<Spec> && !Spec::bias_is_start())
     if (p.m == 1 && p.b.row == 1 && p.b.col != 1) return run_row(p, threads);
   // Few rows: more vectors per row, so that enough chains are in flight to hide the latency of an addition.
   if (p.m == 1) Engine<Spec, 1, 8>(p, threads).run(threads);

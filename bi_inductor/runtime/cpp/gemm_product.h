@@ -6,7 +6,8 @@
 
 namespace bi_gemm {
 
-// Spec: types In, Acc, Bias, Out; constexpr functions has_bias, scale_product, scale_bias (bool), alpha, beta (double).
+// Spec: types In, Acc, Bias, Out; constexpr functions has_bias, bias_is_start, scale_product, scale_bias (bool), alpha,
+// beta (double). A bias that is the start is what each accumulator holds before k = 0; it is not added at the end.
 template <class Spec> struct Product {
   using In = typename Spec::In;
   using Acc = typename Spec::Acc;
@@ -26,6 +27,13 @@ template <class Spec> struct Product {
   // The same sums with the roles of a and b exchanged (a product commutes exactly).
   Product transposed() const {
     return {b.transposed(), a.transposed(), bias.transposed(), out.transposed(), batches, n, m, k};
+  }
+
+  // What rows x cols accumulators at (row, col) of the first batch hold before k = 0; lanes up to `width` are zero.
+  void load_start(int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t width, Acc* sums, int64_t ld) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < width; ++c)
+        sums[r * ld + c] = c < cols ? widen<Acc>(*bias.at(row + r, col + c)) : Acc(0);
   }
 
   // Store round(alpha * sum + beta * bias) for rows x cols elements at (row, col) of the first batch.
@@ -49,7 +57,7 @@ template <class Spec> struct Product {
   template <class LoadBias>
   static BI_INLINE Vector<Acc> finished(Vector<Acc> sum, const Bias* bias, LoadBias load_bias) {
     if constexpr (Spec::scale_product()) sum = sum * broadcast<Acc>(static_cast<Acc>(Spec::alpha()));
-    if constexpr (Spec::has_bias()) {
+    if constexpr (Spec::has_bias() && !Spec::bias_is_start()) {
       Vector<Acc> addend = load_bias(bias);
       if constexpr (Spec::scale_bias()) addend = addend * broadcast<Acc>(static_cast<Acc>(Spec::beta()));
       sum = sum + addend;

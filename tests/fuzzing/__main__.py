@@ -1,0 +1,34 @@
+"""A campaign: many random graphs, compared and counted, on a device that is here or for one that is not.
+
+    PYTHONPATH=tests python -m fuzzing --graphs 200 --seed 1 --target cpu [--stock] [--csv campaign.csv]
+
+Targets: ``cpu`` and ``cuda`` run what they compile and compare bits; ``sm_80``, ``sm_90`` ... generate code for a GPU
+that need not be there, through the verifier, and compare fingerprints over batch sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .campaign import campaign
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="fuzzing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--graphs", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", default="cpu")
+    parser.add_argument("--bundle", type=int, default=5, help="graphs per compile")
+    parser.add_argument("--histories", type=int, default=1, help="compile histories drawn per bundle")
+    parser.add_argument("--minutes", type=float, help="stop after this time")
+    parser.add_argument("--stock", action="store_true", help="count stock Inductor's violations beside ours")
+    parser.add_argument("--shrink", type=int, default=1, help="how many violations to cut down to a snippet")
+    parser.add_argument("--csv")
+    return campaign(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

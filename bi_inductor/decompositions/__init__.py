@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bi_inductor.accumulation.ops import continuing, continuing_decomposed
-from bi_inductor.decompositions import convolution, grouped, integer, order, scaled, scatter
+from bi_inductor.decompositions import convolution, foreach, grouped, integer, order, scaled, scatter
 from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
 
 aten = torch.ops.aten
@@ -54,6 +54,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **scaled.TABLE,
         **grouped.TABLE,
         **convolution.TABLE,
+        **foreach.TABLE,
         **scatter.TABLE,
         **order.TABLE,
         bmm_rounding: bmm_rounding_decomposed,

@@ -1,180 +1,220 @@
-"""Search tiles for the chain template: its source, rendered without Inductor, launched with many tiles.
+"""Time every plausible tile of the chain template on every shape; ``tile_table.py`` was filled from this.
 
-For every shape: the best tiles, the time of ``torch.mm`` beside them, the tile that ``tile_for`` would choose and
-its rank, and the number of different outputs over all tiles that ran (bit classes), which has to be 1.
+    python benchmarks/gemm_sweep.py --out benchmarks/results/gemm_sweep.csv --seconds 150
+
+A row is one tile on one shape: its median time beside that of ``torch.mm``, interleaved. ``bits`` numbers the
+different outputs over the tiles of a shape: it has to be 0 everywhere (one class).
 """
 
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
 import dataclasses
-import functools
-import importlib.util
 import itertools
-import os
-import tempfile
+import multiprocessing
+import random
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
+import gemm_kernel
+import gemm_shapes
 import timing
 import torch
-import triton
-from gemm import linear, random_inputs
 from torch import Tensor
 
-from bi_inductor.templates.tile_table import Tile, candidates, tile_for
-from bi_inductor.templates.triton_matmul import chain_matmul_template, template_constants
+from bi_inductor.templates.tile_table import Tile
 from bi_inductor.testing import same_bits
 
-_NAMES = {("A", -2): "size_m", ("A", -1): "size_k", ("B", -1): "size_n"}
-_STRIDES = {("A", -2): "step_am", ("A", -1): "step_ak", ("B", -2): "step_bk", ("B", -1): "step_bn"}
-_ARGUMENTS = ["A", "B", "C", *_NAMES.values(), *_STRIDES.values()]
-_CONSTEXPRS = ("ACC_TYPE", "INPUT_PRECISION", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "INDEX_DTYPE")
+SHARED_BYTES = 232448
+ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+Problem = tuple[int, int, int]
+#: What a row says of its tile.
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Tile) if field.name not in ("rate", "cost"))
 
 
-@functools.cache
-def rendered_kernel(swap: bool, even: tuple[bool, bool, bool]) -> Any:
-    """The template as a kernel whose sizes, strides and tile are arguments; the output is dense."""
-    declared = ", ".join([*_ARGUMENTS, *(f"{name}: tl.constexpr" for name in _CONSTEXPRS)])
-    store = "tl.store(C + (idx_m * N + idx_n), acc.to(C.dtype.element_ty), mask=mask)"
-    body = chain_matmul_template.template.render(
-        def_kernel=lambda *_: f"@triton.jit\ndef chain_matmul({declared}):",
-        size=lambda name, index: _NAMES[name, index],
-        stride=lambda name, index: _STRIDES[name, index],
-        store_output=lambda *_, **__: store,
-        SWAP=swap,
-        BATCHED=False,
-        EVEN_M=even[0],
-        EVEN_N=even[1],
-        EVEN_K=even[2],
-    )
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
-        file.write("import triton\nimport triton.language as tl\n" + body)
-    spec = importlib.util.spec_from_file_location(f"chain_{os.path.basename(file.name)[:-3]}", file.name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.chain_matmul
-
-
-def launch(x: Tensor, weight: Tensor, *, tile: Tile, warm_up: bool = False) -> Tensor:
-    """x @ weight.t() with ``tile``; with ``warm_up`` it is only compiled."""
-    import triton.language as tl
-
-    (m, k), n = x.shape, weight.shape[0]
-    even = (m % tile.block_m == 0, n % tile.block_n == 0, k % tile.block_k == 0)
-    constants = template_constants(x.dtype, tile, batched=False, even=even)
-    accumulator = tl.float64 if x.dtype == torch.float64 else tl.float32
-    constants |= {"ACC_TYPE": accumulator, "INPUT_PRECISION": "ieee", "INDEX_DTYPE": tl.int32}
-    output = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    kernel = rendered_kernel(tile.swap, even)
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
-    arguments = [x, weight, output, m, k, n, x.stride(0), x.stride(1), weight.stride(1), weight.stride(0)]
-    options = {name: constants[name] for name in _CONSTEXPRS}
-    options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": False}
-    if warm_up:
-        kernel.warmup(*arguments, grid=grid, **options)
-    else:
-        kernel[grid](*arguments, **options)
-    return output
-
-
-def plausible_tiles(m: int, dtype: torch.dtype) -> Iterator[Tile]:
-    """Tiles worth trying for M = ``m``: the whole table, and for bf16 and fp16 on Hopper many more."""
-    yield from candidates(str(dtype).removeprefix("torch."), 90)
-    if dtype.itemsize != 2:
-        return
-    rows = [16] if m <= 16 else [r for r in (16, 32, 64, 128, 256) if min(128, m / 8) <= r <= max(64, 2 * m)]
-    for bm, bn, bk, warps, swap in itertools.product(
-        rows, (64, 128, 256), (64, 128, 256), (4, 8), (False, True)
+def candidates() -> Iterator[Tile]:
+    """Every tile worth trying for bf16 on Hopper: one block of a full SM, or two that share it."""
+    sides = (16, 32, 64, 128, 256)
+    for bm, bn, bk, swap, tma in itertools.product(
+        sides, sides, (64, 128, 256), (False, True), (False, True)
     ):
-        side = bn if swap else bm  # what the 64 rows of each warp group's MMA run along
-        if side < 16 * warps or not 8 <= bm * bn // (32 * warps) <= 128:
+        area, wide = bm * bn, bn if swap else bm  # the 64 rows of a wgmma run along ``wide``
+        if wide < 64 or area > 128 * 256 or (area >= 128 * 128 and bk > 64) or (bk == 64 and area < 64 * 64):
             continue
-        bytes_per_stage = (bm + bn) * bk * 2
-        for shared in (232_448, 113_000):  # one block on an SM, or two
-            stages = min(6, shared // bytes_per_stage)
-            if stages >= 3:
-                yield Tile(bm, bn, bk, warps, stages, swap)
+        if bk == 256 and area >= 64 * 64:
+            continue
+        if max(bm, bn) > 8 * min(bm, bn) or (swap and (bm > bn or area > 128 * 128)):
+            continue
+        for warps in (8,) if area > 128 * 128 else (4, 8) if area == 128 * 128 and tma else (4,):
+            yield from _staged(Tile(bm, bn, bk, warps, 0, swap, tma))
+    yield from wide_candidates()
+    for group_m, stages, tma in itertools.product((4, 16), (3, 4), (False, True)):
+        yield Tile(128, 256, 64, 8, stages, False, tma, group_m=group_m)
+        yield Tile(256, 128, 64, 8, stages, False, tma, group_m=group_m)
 
 
-def sweep(
-    rows: Sequence[int], shapes: Sequence[tuple[int, int]], dtype: torch.dtype, seconds: float
-) -> list[dict]:
-    """Search every (M, shape) for its share of ``seconds``; one record each."""
-    began, problems = time.perf_counter(), list(itertools.product(rows, shapes))
-    records = []
-    for number, (m, (n, k)) in enumerate(problems):
-        left = seconds - (time.perf_counter() - began)
-        record = _search(random_inputs(m, n, k, dtype), left / (len(problems) - number))
-        print(record, flush=True)
-        records.append(record)
-    return records
+def wide_candidates() -> Iterator[Tile]:
+    """Tiles of widths that are no powers of two."""
+    halves = [(bm, bn, bn // part) for bm in (64, 128, 256) for bn in (64, 128, 256) for part in (2, 4, 8)]
+    for (bm, bn, extra), bk, tma in itertools.product(halves, (64, 128), (False, True)):
+        area = bm * (bn + extra)
+        if extra < 16 or area > 128 * 320 or (bk == 128 and area > 64 * 192) or bm > bn + extra:
+            continue
+        for warps in (4, 8):
+            if 16 <= area // (32 * warps) <= 160 and warps * 16 <= bm:
+                yield from _staged(Tile(bm, bn, bk, warps, 0, False, tma, extra_n=extra))
 
 
-def _search(inputs: tuple[Tensor, Tensor], seconds: float) -> dict[str, object]:
-    """Compile for 0.6 of ``seconds``, run everything once, time everything shortly and the best at length."""
-    (m, k), n, dtype = inputs[0].shape, inputs[1].shape[0], inputs[0].dtype
-    chosen = _chosen_tile(m, n, k, dtype)
-    tiles = _compiled([chosen, *plausible_tiles(m, dtype)], inputs, 0.6 * seconds)
-    classes: list[Tensor] = []
-    for output in (launch(*inputs, tile=tile) for tile in tiles):
-        if not any(same_bits(output, other) for other in classes):
-            classes.append(output)
-    shortly = _times(tiles, inputs, rounds=3)
-    finalists = sorted(tiles, key=shortly.__getitem__)[:6]
-    times = _times(dict.fromkeys([*finalists, chosen]), inputs, rounds=20)
-    library = times.pop(None)
-    price = {tile: f"{_brief(tile)} {time_us / library:.3f}" for tile, time_us in times.items()}
-    record = {"n": n, "k": k, "m": m, "dtype": str(dtype), "torch.mm_us": round(library, 2)}
-    record |= {"tried": len(tiles), "bit_classes": len(classes), "chosen": price[chosen]}
-    best = sorted(times, key=times.__getitem__)[:3]
-    return record | {f"best{place}": price[tile] for place, tile in enumerate(best, 1)}
+def _staged(tile: Tile) -> Iterator[Tile]:
+    """``tile`` with as many stages as one block of an SM may have, and as two."""
+    scratch = 4096 + tile.block_m * tile.columns * tile.tma  # what a TMA tile is stored through, and barriers
+    tile = dataclasses.replace(tile, num_stages=1)
+    for programs in (1, 2):
+        room = SHARED_BYTES // programs - scratch
+        stages = min(6, room // tile.shared_bytes(2))
+        if stages >= 3:
+            yield dataclasses.replace(tile, num_stages=stages)
 
 
-def _chosen_tile(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
-    device = torch.cuda.get_device_properties()
-    capability = 10 * device.major + device.minor
-    name = str(dtype).removeprefix("torch.")
-    return tile_for(m, n, k, name, sm_count=device.multi_processor_count, capability=capability)
-
-
-def _compiled(tiles: Sequence[Tile], pair: tuple[Tensor, Tensor], seconds: float) -> list[Tile]:
-    """Those of ``tiles``, the first at any price, that compile within ``seconds`` and can be launched."""
-    began = time.perf_counter()
-
-    def usable(tile: Tile) -> bool:
-        if tile != tiles[0] and time.perf_counter() - began > seconds:
-            return False
-        try:
-            launch(*pair, tile=tile, warm_up=True)
-        except Exception as error:  # whatever Triton or ptxas cannot do is not a candidate
-            print(f"  {_brief(tile)} does not compile: {str(error).splitlines()[0][:80]}", flush=True)
-            return False
-        return True
-
-    different = {dataclasses.replace(tile, rate=0): tile for tile in reversed(tiles)}
-    tiles = [*reversed(different.values())]
-    with ThreadPoolExecutor(16) as pool:
-        compiled = [tile for tile, fits in zip(tiles, pool.map(usable, tiles), strict=True) if fits]
-    return [tile for tile in compiled if _launches(tile, pair)]
-
-
-def _launches(tile: Tile, pair: tuple[Tensor, Tensor]) -> bool:
-    try:
-        launch(*pair, tile=tile)
-    except triton.runtime.errors.OutOfResources:
+def plausible(tile: Tile, m: int, n: int) -> bool:
+    """False if the tile pads M or N more than twice, or would leave most of a large product's reuse unused."""
+    if tile.block_m >= max(32, 2 * m) and not (tile.block_m == 64 and tile.block_n <= 32 and m <= 64):
         return False
-    return True
+    if tile.columns >= max(32, 2 * n):
+        return False
+    least = min(64 * 64, m * 32) if m <= 256 else 64 * 128 if m <= 512 else 128 * 128
+    if tile.block_m * tile.columns < least and not (m <= 64 and tile.block_n <= 32):
+        return False
+    if m > 256 and tile.block_m * tile.columns < least:
+        return False
+    return m >= 512 or tile.group_m == 8
 
 
-def _times(tiles: Iterable[Tile], inputs: tuple[Tensor, Tensor], rounds: int) -> dict[Tile | None, float]:
-    """Microseconds of each tile, and of ``torch.mm`` as None."""
-    candidates: dict[Any, Any] = {tile: functools.partial(launch, *inputs, tile=tile) for tile in tiles}
-    candidates[None] = functools.partial(linear, *inputs)
-    return timing.interleaved_medians(candidates, rounds)
+def problems(seed: int = 0) -> list[Problem]:
+    """(M, N, K), in an order that covers all sizes evenly however far it is followed."""
+    shapes = [*gemm_shapes.shapes(), *gemm_shapes.FEW_COLUMNS]
+    found = [
+        (m, n, k)
+        for m, (n, k) in itertools.product(ROWS, shapes)
+        if m * n * k < 2**42 and (n < 100_000 or m <= 1024)
+    ]
+    few = set(gemm_shapes.FEW_COLUMNS)
+    found = [(m, n, k) for m, n, k in found if (n, k) not in few or m <= 256]
+    random.Random(seed).shuffle(found)
+    return found
 
 
-def _brief(tile: Tile) -> str:
-    sizes = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    return f"{sizes} warps {tile.num_warps} stages {tile.num_stages}{' swapped' if tile.swap else ''}"
+def _compile(tile: Tile, m: int, n: int, k: int) -> str:
+    """In a process without a GPU: put the cubin into Triton's cache on disk."""
+    import triton
+
+    from bi_inductor.virtual import virtual_gpu
+
+    with virtual_gpu("sm_90"):
+        triton.runtime.driver.active.get_current_stream = lambda device: 0
+        try:
+            gemm_kernel.warm_up(torch.bfloat16, tile, m, n, k)
+        except Exception as error:
+            return f"{tile}: {str(error)[-200:]}"
+    return ""
+
+
+def compile_all(everything: list[Problem]) -> None:
+    """Every kernel that the problems need: sizes matter by which multiples they are."""
+    jobs = {}
+    for m, n, k in everything:
+        for tile in candidates():
+            if plausible(tile, m, n):
+                even = (m % tile.block_m == 0, n % tile.columns == 0, k % tile.block_k == 0)
+                jobs.setdefault((tile, even, m == 1, m % 16 == 0), (tile, m, n, k))
+    began = time.perf_counter()
+    context = multiprocessing.get_context("fork")  # torch is imported, no GPU is initialised
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        errors = {
+            error for error in pool.map(_compile, *zip(*jobs.values(), strict=True), chunksize=4) if error
+        }
+    print(
+        f"{len(jobs)} kernels compiled in {time.perf_counter() - began:.0f} s", *errors, sep="\n", flush=True
+    )
+
+
+def measure(problem: Problem, rounds: int) -> list[dict[str, object]]:
+    """One record per tile."""
+    m, n, k = problem
+    x, weight = (torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n))
+    graphs, classes, numbers = {}, [], {}
+    output = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    for tile in dict.fromkeys(candidates()):
+        if not plausible(tile, m, n):
+            continue
+        try:
+            output.fill_(torch.nan)
+            graphs[tile] = timing.captured(partial(gemm_kernel.launch, x, weight, output, tile), 1)
+        except Exception as error:
+            print(f"{problem} {tile}: {str(error)[-100:]}", flush=True)
+            continue
+        numbers[tile] = _class_of(output, classes)
+    library = torch.mm(x, weight.t())
+    graphs["torch.mm"] = timing.captured(lambda: torch.mm(x, weight.t(), out=library))
+    times = timing.interleaved_graphs(graphs, rounds)
+    baseline = times.pop("torch.mm")
+    return [
+        {
+            "n": n,
+            "k": k,
+            "m": m,
+            **{name: getattr(tile, name) for name in _COLUMNS},
+            "us": round(us, 2),
+            "torch.mm_us": round(baseline, 2),
+            "price": round(us / baseline, 4),
+            "bits": numbers[tile],
+            "same_bits": same_bits(classes[numbers[tile]], library),
+        }
+        for tile, us in times.items()
+    ]
+
+
+def _class_of(output: Tensor, classes: list[Tensor]) -> int:
+    for number, other in enumerate(classes):
+        if same_bits(output, other):
+            return number
+    classes.append(output.clone())
+    return len(classes) - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", default="benchmarks/results/gemm_sweep.csv")
+    parser.add_argument("--seconds", type=float, default=150, help="stop after this time")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--compile-only", type=int, help="compile for this many problems and stop; needs no GPU"
+    )
+    options = parser.parse_args()
+    began, everything = time.perf_counter(), problems()
+    compile_all(everything[: options.compile_only])
+    if options.compile_only:
+        return
+    torch.manual_seed(0)
+    rows: list[dict[str, object]] = []
+    done = 0
+    for problem in everything:
+        if time.perf_counter() - began > options.seconds:
+            break
+        rows += measure(problem, options.rounds)
+        done += 1
+        if done % 20 == 0:
+            timing.write_csv(options.out, rows, " ".join(sys.argv))
+    timing.write_csv(options.out, rows, " ".join(sys.argv))
+    split = {(row["m"], row["n"], row["k"]) for row in rows if row["bits"]}
+    print(
+        f"{done} of {len(everything)} problems, {len(rows)} times, more than one bit class in {len(split)}: {split}"
+    )
+    print(timing.machine(), f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

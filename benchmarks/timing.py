@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 
-def captured(fn: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def captured(fn: Callable[[], object], warm_ups: int = 3) -> torch.cuda.CUDAGraph:
     """``fn`` as a CUDA graph, after warm-up calls that compile and tune it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(warm_ups):
             fn()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()

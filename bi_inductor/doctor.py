@@ -80,9 +80,9 @@ def _chain(name: str, dtype: torch.dtype, *depths: int, **options: bool) -> Kind
 
 
 KINDS = (
-    _chain("bfloat16", torch.bfloat16, 72, 1000, 4096),
+    _chain("bfloat16", torch.bfloat16, 72, 1000, 4096, tma=True, wide=True),
     _chain("bfloat16-unaligned", torch.bfloat16, 31, 1001, aligned=False),
-    _chain("float16", torch.float16, 72, 1000, 4096),
+    _chain("float16", torch.float16, 72, 1000, 4096, tma=True, wide=True),
     _chain("tf32", torch.float32, 36, 1000, 2048, tf32=True),
     _chain("float32", torch.float32, 36, 1000),
     _chain("float64", torch.float64, 34, 1000),

@@ -72,7 +72,7 @@ def compile_offline(
         for name, source in kernels.items():
             autotuner = _load(source, name.split("#")[0])
             autotuner.device_props = autotuner.device_props._replace(cc=device.arch, major=device.major)
-            configs = autotuner.configs if every_config else autotuner.configs[:1]
+            configs = _configs(autotuner) if every_config else autotuner.configs[:1]
             compiled += [_compile(autotuner, config, name, target) for config in configs]
         return compiled
 
@@ -82,6 +82,11 @@ def _load(source: str, name: str) -> Any:
     from torch._inductor.codecache import PyCodeCache
 
     return getattr(PyCodeCache.load(source), name)
+
+
+def _configs(autotuner: Any) -> list[Any]:
+    """All configurations of a kernel; those of a matrix product are its tiles."""
+    return autotuner.choice.configs if hasattr(autotuner, "choice") else autotuner.configs
 
 
 def _compile(autotuner: Any, config: Any, name: str, target: str) -> CompiledKernel:

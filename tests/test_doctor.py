@@ -106,10 +106,10 @@ def test_the_selector_returns_selectable_tiles_only(capability):
     for m in (0, *BATCH_LADDER, 8192):
         for n, k in [(1, 17), (16, 4096), (512, 48), (28672, 4096)]:
             for dtype in ("bfloat16", "float32", "float64"):
-                tile = tile_table.tile_for(m, n, k, dtype, **sizes)
+                tile = tile_table.tile_for(m, n, k, dtype, tma=True, wide=True, **sizes)
                 shortened = {
                     doctor.dataclasses.replace(candidate, block_k=tile.block_k)
-                    for candidate in tile_table.candidates(dtype, capability)
+                    for candidate in tile_table.candidates(dtype, capability, tma=True, wide=True)
                 }
                 assert tile in shortened
             for name in quantized_tiles.KINDS:

@@ -42,6 +42,7 @@ BASES = {
     "pointwise": (lambda x, y: x / y + torch.sqrt(x), (R(8, 300), R(8, 300)), {}),
     "matmul": (lambda a, b: F.gelu(a @ b), (R(5, 33, 70), R(5, 70, 20)), {}),
     "even matmul": (lambda a, b: a @ b, (R(64, 256), R(256, 64)), {}),
+    "tiles": (torch.nn.Linear(256, 320, bias=False).bfloat16(), (R(33, 256).bfloat16(),), {"dynamic": True}),
     "dynamic matmul": (lambda a, b: a @ b, (R(33, 70), R(70, 20)), {"dynamic": True}),
     "fp64 matmul": (lambda a, b: a @ b, (R(33, 70).double(), R(70, 20).double()), {}),
     "int8 matmul": (torch._int_mm, (R(33, 70).to(torch.int8), R(70, 20).to(torch.int8)), {}),
@@ -99,6 +100,10 @@ class Corruption:
 
 def _in_held(rule, old, new, here=True):
     return Corruption("held", rule, old, new, here)
+
+
+def _in_tiles(rule, old, new, here=True):
+    return Corruption("tiles", rule, old, new, here)
 
 
 def _in_cpp_wrapper(rule, old, new, here=True):
@@ -251,8 +256,22 @@ CORRUPTIONS = {
         "matmul", "loop", STEPS, "tl.range(tl.program_id(1), tl.cdiv(K, BLOCK_K), SPLIT_K)"
     ),
     "split over programs": Corruption(
-        "even matmul", "dot", r"tile = tl\.program_id\(0\)", "tile = tl.program_id(1)"
+        "even matmul", "loop", r"range\(tl\.program_id\(0\)", "range(tl.program_id(1)"
     ),
+    "every second tile": _in_tiles("loop", r"tl\.num_programs\(0\)", "2 * tl.num_programs(0)"),
+    "sum over tiles": _in_tiles(
+        "accumulation", r"acc = tl\.zeros\(\(BLOCK_M, BLOCK_N\), ACC_TYPE\)", "acc += 0.0", False
+    ),
+    "another chain's accumulator": _in_tiles("dot", r"extra, extra_acc,", "extra, acc,", False),
+    "extra columns start at one": _in_tiles("dot", r"extra_acc = tl\.zeros\(", "extra_acc = tl.ones(", False),
+    "extra columns of another k": _in_tiles(
+        "accumulation", r"extra_block \+= BLOCK_K", "extra_block += 2 * BLOCK_K"
+    ),
+    "TMA from another step": _in_tiles("dot", r"\[row, step \* BLOCK_K\]", "[row, (step + 1) * BLOCK_K]"),
+    "TMA with another stride": _in_tiles("dot", r"\[stride_am, 1\]", "[2 * stride_am, 1]"),
+    "a tile's block of K": _in_tiles("block", r"'BLOCK_K': \d+", "'BLOCK_K': 24", False),
+    "a tile longer than K": _in_tiles("dot", r"'BLOCK_K': \d+", "'BLOCK_K': 512", False),
+    "an unknown branch": _in_tiles("statement", r"if EXTRA_N:", "if M:"),
     "half of K": Corruption("matmul", "length", r"\bK = 70", "K = 35"),
     "batch symbol for K": Corruption("dynamic matmul", "length", r"\bK = ks\d", "K = ks0"),
     "block of K": Corruption(

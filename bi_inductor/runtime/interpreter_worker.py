@@ -26,13 +26,17 @@ import torch
 class InterpretedKernel:
     """What ``cached_autotune`` makes of an emitted kernel: ``run`` executes one of its configurations."""
 
-    def __init__(self, function: Any, configs: list[Any], inductor_meta: dict[str, Any], number: int) -> None:
+    def __init__(
+        self, function: Any, configs: list[Any], inductor_meta: dict[str, Any], number: int, choice: Any
+    ) -> None:
         self._function, self._inductor_meta = function, inductor_meta
-        self._config = configs[number % len(configs)]
+        self._config, self._choice = configs[number % len(configs)], choice
 
     def run(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
         from torch._inductor.runtime.triton_heuristics import GridExpr
 
+        if self._choice is not None:  # the tile follows the sizes, as on a GPU
+            self._config = self._choice.configs[self._choice(*args[-3:])[0]]
         blocks = {k: v for k, v in self._config.kwargs.items() if k in self._function.arg_names}
         names = [name for name in self._function.arg_names if name not in blocks]
         launch_only = self._inductor_meta.get("extra_launcher_args", [])  # a template's grid
@@ -49,7 +53,8 @@ def _interpreting_autotune(number: int) -> Callable[..., Any]:
 
     def cached_autotune(size_hints: Any, configs: Any, triton_meta: Any, *_: Any, **options: Any) -> Any:
         inductor_meta = options.get("inductor_meta") or {}
-        return lambda function: InterpretedKernel(function, configs, inductor_meta, number)
+        choice = getattr(options.get("caching_autotuner_cls"), "keywords", {}).get("choice")
+        return lambda function: InterpretedKernel(function, configs, inductor_meta, number, choice)
 
     return cached_autotune
 

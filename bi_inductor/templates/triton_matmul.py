@@ -15,6 +15,8 @@ take the same path as everything else.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,83 +28,33 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
 from torch._inductor.virtualized import V
 
-from bi_inductor.templates.tile_table import Tile, tile_for
+from bi_inductor.templates.chain_source import SOURCE, TILE_PARAMETERS, source_of_tile
+from bi_inductor.templates.tile_table import Tile, candidates, shortened, tile_for
 
-#: Rows of tiles that walk the columns together, so that both operands are found in L2.
-GROUP_M = 8
+#: Tile parameters that the source branches on.
+_BRANCHES = ("EXTRA_N", "SWAP", "TMA", "EVEN_M", "EVEN_N", "EVEN_K")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-SOURCE = r"""
-{{def_kernel("A", "B")}}
-    M = {{size("A", -2)}}
-    N = {{size("B", -1)}}
-    K = {{size("A", -1)}}
-    stride_am = {{stride("A", -2)}}
-    stride_ak = {{stride("A", -1)}}
-    stride_bk = {{stride("B", -2)}}
-    stride_bn = {{stride("B", -1)}}
-    grid_m = tl.cdiv(M, BLOCK_M)
-    grid_n = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0).to(INDEX_DTYPE)
-{% if BATCHED %}
-    idx_b = tile // (grid_m * grid_n)
-    tile = tile % (grid_m * grid_n)
-    A += idx_b * ({{stride("A", 0)}})
-    B += idx_b * ({{stride("B", 0)}})
-{% endif %}
-    group_tiles = GROUP_M * grid_n
-    first_m = tile // group_tiles * GROUP_M
-    group_m = tl.minimum(grid_m - first_m, GROUP_M)
-    tile_m = first_m + tile % group_tiles % group_m
-    tile_n = tile % group_tiles // group_m
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Past an edge, rows and columns that exist are computed again and not stored: no mask in the loop.
-    a_rows = {{"rows" if EVEN_M else "rows % M"}}
-    b_columns = {{"columns" if EVEN_N else "columns % N"}}
-    k = tl.arange(0, BLOCK_K).to(INDEX_DTYPE)
-{% if SWAP %}
-    a_block = A + (a_rows[None, :] * stride_am + k[:, None] * stride_ak)
-    b_block = B + (b_columns[:, None] * stride_bn + k[None, :] * stride_bk)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)
-{% else %}
-    a_block = A + (a_rows[:, None] * stride_am + k[None, :] * stride_ak)
-    b_block = B + (b_columns[None, :] * stride_bn + k[:, None] * stride_bk)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)
-{% endif %}
-    for step in tl.range(0, tl.cdiv(K, BLOCK_K)):
-{% if EVEN_K %}
-        a = tl.load(a_block)
-        b = tl.load(b_block)
-{% else %}
-        inside = k < K - step * BLOCK_K
-        a = tl.load(a_block, mask={{"inside[:, None]" if SWAP else "inside[None, :]"}}, other=0.0)
-        b = tl.load(b_block, mask={{"inside[None, :]" if SWAP else "inside[:, None]"}}, other=0.0)
-{% endif %}
-        acc = tl.dot({{"b, a" if SWAP else "a, b"}}, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_TYPE)
-        a_block += BLOCK_K * stride_ak
-        b_block += BLOCK_K * stride_bk
-    acc = {{"tl.trans(acc)" if SWAP else "acc"}} + 0.0
-    idx_m = rows[:, None]
-    idx_n = columns[None, :]
-    mask = (idx_m < M) & (idx_n < N)
-{% if BATCHED %}
-    {{store_output(("idx_b", "idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
-{% else %}
-    {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
-{% endif %}
-"""
 
 
 @SymbolicGridFn
-def chain_matmul_grid(*sizes_and_meta: Any, cdiv: Callable[[Any, Any], Any]) -> tuple[Any, int, int]:
-    """One program per tile: ([B,] M, N, meta) -> (B * tiles of M * tiles of N, 1, 1)."""
+def programs_of_tile(
+    *sizes_and_meta: Any, cdiv: Callable[[Any, Any], Any], min: Callable[[Any, Any], Any]
+) -> Any:
+    """([B,] M, N, meta) -> one program per tile of the output; with TMA no more than one per SM."""
     *batch, m, n, meta = sizes_and_meta
-    tiles = cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"])
-    return (batch[0] * tiles if batch else tiles, 1, 1)
+    tiles = cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"] + meta["EXTRA_N"])
+    programs = batch[0] * tiles if batch else tiles
+    return (min(programs, meta["SM_COUNT"]) if meta["TMA"] else programs, 1, 1)
 
 
-class ChainMatmulKernel(TritonTemplateKernel):
+@SymbolicGridFn
+def output_sizes(*sizes_and_meta: Any) -> tuple[Any, Any, Any]:
+    """What a kernel with several tiles is launched with in the place of a grid: ([B,] M, N, meta) -> (M, N, B)."""
+    *batch, m, n, _ = sizes_and_meta
+    return (m, n, batch[0] if batch else 1)
+
+
+class WideIndexKernel(TritonTemplateKernel):
     """The stock template kernel, except that run-time sizes are int64 whenever addresses are (2.11: not)."""
 
     @property
@@ -111,13 +63,46 @@ class ChainMatmulKernel(TritonTemplateKernel):
         return "tl.int64" if is_wide else super().index_dtype
 
 
+class ManyTilesKernel(WideIndexKernel):
+    """A kernel whose tile's constants are its last parameters, so that one source serves all tiles."""
+
+    @classmethod
+    def gen_common_triton_imports(cls) -> str:
+        imports = super().gen_common_triton_imports()
+        return imports + "from bi_inductor.runtime import tiles as triton_heuristics\n"
+
+    def def_kernel(self, *names: str) -> str:
+        """The head of the kernel."""
+        place = super().def_kernel(*names)
+        head, parameters = (
+            self.render_hooks[place],
+            ", ".join(f"{name} : tl.constexpr" for name in TILE_PARAMETERS),
+        )
+        self.render_hooks[place] = lambda: re.sub(r"(?m)^(def .*)\):$", rf"\1, {parameters}):", head())
+        return place
+
+
 class ChainMatmulTemplate(TritonTemplate):
-    """The template of ``SOURCE``."""
+    """A kernel with one tile."""
 
-    kernel_type = ChainMatmulKernel
+    kernel_type = WideIndexKernel
 
 
-chain_matmul_template = ChainMatmulTemplate("batchinv_chain_matmul", grid=chain_matmul_grid, source=SOURCE)
+class ManyTilesTemplate(TritonTemplate):
+    """The chain kernel with all tiles, one of which is chosen at each launch (``runtime/tiles.py``)."""
+
+    kernel_type = ManyTilesKernel
+
+
+many_tiles_template = ManyTilesTemplate("batchinv_chain_matmul_tiles", grid=output_sizes, source=SOURCE)
+
+
+@functools.cache
+def one_tile_template(*branches: str) -> TritonTemplate:
+    """The template for tiles whose constants named in ``branches``, and no others, are true or not zero."""
+    source = source_of_tile({name: name in branches for name in TILE_PARAMETERS})
+    name = "_".join(["batchinv_chain_matmul", *map(str.lower, branches)])
+    return ChainMatmulTemplate(name, grid=programs_of_tile, source=source)
 
 
 def chain_matmul(
@@ -145,22 +130,35 @@ def chain_matmul(
     operands = [_realized(x) for x in ([a, b] if bias is None else [bias, a, b])]
     a_operand, b_operand = operands[-2:]
     layout = ir.FixedLayout(a.get_device(), out_dtype, size)
-    tile = _tile_of(a_operand, b_operand, layout)
+    tiles, choice = _tiles_of(a_operand, b_operand, layout)
+    constants, triton_meta = _constants(a_operand, b_operand), _numerics()
+    if len(tiles) == 1:
+        tile = {name: tiles[0][name] for name in TILE_PARAMETERS}
+        template = one_tile_template(*(name for name in _BRANCHES if tile[name]))
+        constants |= {**tile, "SM_COUNT": choice["sm_count"]}
+    else:
+        template = many_tiles_template
+        triton_meta |= {"tiles": tiles, "choice": choice}
     choices: list[Any] = []
-    error = chain_matmul_template.maybe_append_choice(
+    error = template.maybe_append_choice(
         choices,
         input_nodes=tuple(operands),
         layout=layout,
-        num_stages=tile.num_stages,
-        num_warps=tile.num_warps,
+        num_stages=tiles[0]["num_stages"],
+        num_warps=tiles[0]["num_warps"],
         prefix_args=len(operands) - 2,
         epilogue_fn=_finish(alpha, beta, _accumulator(a.get_dtype()), out_dtype),
-        triton_meta={"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz},
-        **_constants(a_operand, b_operand, tile),
+        triton_meta=triton_meta,
+        **constants,
     )
     if error is not None:
         raise error
     return choices[0].output_node()
+
+
+def _numerics() -> dict[str, Any]:
+    """Settings of the compiler that reach the bits."""
+    return {"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz}
 
 
 def tf32_is_allowed() -> bool:
@@ -204,50 +202,69 @@ def _rows_are_aligned(x: ir.IRNode) -> bool:
     )
 
 
-def _tile_of(a: ir.IRNode, b: ir.IRNode, layout: ir.Layout) -> Tile:
-    """The tile for these operands, from their sizes or the hints for them."""
+def _suits_tma(x: ir.IRNode) -> bool:
+    """True if TMA can load tiles of x: one dimension is dense, the other's stride a multiple of 16 bytes."""
+    strides = [V.graph.sizevars.simplify(stride) for stride in x.get_stride()]
+    elements = 16 // x.get_dtype().itemsize
+    is_spaced = any(
+        strides[dense] == 1 and strides[1 - dense] != 0 and _multiple(strides[1 - dense], elements)
+        for dense in (0, 1)
+    )
+    return is_spaced and x.get_name() not in V.graph.unaligned_buffers and _rows_are_aligned(x)
+
+
+def _tiles_of(a: ir.IRNode, b: ir.IRNode, layout: ir.Layout) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The tiles that a product may run with, first the one for its sizes or the hints for them; what chooses.
+
+    A product of static sizes has one tile, and so has one that is launched from C++; more only where
+    ``max_autotune`` measures them.
+    """
     device = DeviceProperties.create(layout.device)
     *batch, m, n, k = V.graph.sizevars.optimization_hints([*layout.size, a.get_size()[-1]])
-    return tile_for(
-        m,
-        n,
-        k,
-        str(a.get_dtype()).removeprefix("torch."),
-        batch=batch[0] if batch else 1,
-        sm_count=device.multi_processor_count,
-        capability=device.cc,
-        tf32=tf32_is_allowed(),
-        aligned=_rows_are_aligned(a) and _rows_are_aligned(b),
-    )
+    dtype = str(a.get_dtype()).removeprefix("torch.")
+    is_tma = a.get_dtype().itemsize == 2 and not batch and _suits_tma(a) and _suits_tma(b)
+    how = {
+        "tf32": tf32_is_allowed(),
+        "aligned": _rows_are_aligned(a) and _rows_are_aligned(b),
+        "tma": is_tma,
+        "wide": True,
+    }
+    where = {"sm_count": device.multi_processor_count, "capability": device.cc}
+    tiles = [tile_for(m, n, k, dtype, batch=batch[0] if batch else 1, **where, **how)]
+    is_dynamic = any(not isinstance(length, (int, sympy.Integer)) for length in layout.size)
+    if (config.max_autotune or is_dynamic) and not V.graph.cpp_wrapper:
+        others = [shortened(tile, k) for tile in candidates(dtype, device.cc, **how)]
+        tiles = list(dict.fromkeys([*tiles, *others])) if tiles[0] in others else tiles
+    return [_tile_source(tile, a, b) for tile in tiles], {"k": k, "dtype": dtype, **where, **how}
 
 
-def template_constants(
-    dtype: torch.dtype, tile: Tile, *, batched: bool, even: tuple[bool, bool, bool], tf32: bool = False
-) -> dict[str, Any]:
-    """The constants of ``SOURCE``; the numerics, accumulator and input precision, are among them.
+def _tile_source(tile: Tile, a: ir.IRNode, b: ir.IRNode) -> dict[str, Any]:
+    """A tile as it stands in the source of a kernel."""
+    (m, k), n = a.get_size()[-2:], b.get_size()[-1]
+    even = (_multiple(m, tile.block_m), _multiple(n, tile.columns), _multiple(k, tile.block_k))
+    return {**tile_constants(tile, even), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
-    even: whether M, N and K are known to be multiples of the tile's sizes.
-    """
+
+def tile_constants(tile: Tile, even: tuple[bool, bool, bool]) -> dict[str, int | bool]:
+    """The values of ``TILE_PARAMETERS``. even: whether M, N and K are known to be multiples of the tile's sizes."""
+    sizes = (tile.block_m, tile.block_n, tile.extra_n, tile.block_k, tile.group_m)
+    return dict(zip(TILE_PARAMETERS, (*sizes, tile.swap, tile.tma, *even), strict=True))
+
+
+def _constants(a: ir.IRNode, b: ir.IRNode) -> dict[str, Any]:
+    """The constants that all tiles of a product share."""
+    is_tf32 = a.get_dtype() == torch.float32 and tf32_is_allowed()
     return {
-        "ACC_TYPE": "tl.float64" if dtype == torch.float64 else "tl.float32",
-        "INPUT_PRECISION": "'tf32'" if dtype == torch.float32 and tf32 else "'ieee'",
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": GROUP_M,
-        "SWAP": tile.swap,
-        "BATCHED": batched,
-        "EVEN_M": even[0],
-        "EVEN_N": even[1],
-        "EVEN_K": even[2],
+        "ACC_TYPE": "tl.float64" if a.get_dtype() == torch.float64 else "tl.float32",
+        "INPUT_PRECISION": "'tf32'" if is_tf32 else "'ieee'",
+        "BATCHED": len(a.get_size()) == 3,
+        "A_K_IS_DENSE": _is_dense(a, -1),
+        "B_K_IS_DENSE": _is_dense(b, -2),
     }
 
 
-def _constants(a: ir.IRNode, b: ir.IRNode, tile: Tile) -> dict[str, Any]:
-    (m, k), n = a.get_size()[-2:], b.get_size()[-1]
-    even = (_multiple(m, tile.block_m), _multiple(n, tile.block_n), _multiple(k, tile.block_k))
-    batched = len(a.get_size()) == 3
-    return template_constants(a.get_dtype(), tile, batched=batched, even=even, tf32=tf32_is_allowed())
+def _is_dense(x: ir.IRNode, dim: int) -> bool:
+    return V.graph.sizevars.statically_known_equals(x.get_stride()[dim], 1)
 
 
 def _finish(

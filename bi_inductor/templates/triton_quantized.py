@@ -21,18 +21,16 @@ import torch
 from torch._inductor import config, ir
 from torch._inductor.lowering import expand, full, to_dtype
 from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 
 from bi_inductor.contract import FP8_CHUNK
 from bi_inductor.templates.quantized_tiles import tile_for
 from bi_inductor.templates.tile_table import Tile
-from bi_inductor.templates.triton_matmul import (
-    GROUP_M,
-    ChainMatmulTemplate,
-    _multiple,
-    _realized,
-    chain_matmul_grid,
-)
+from bi_inductor.templates.triton_matmul import ChainMatmulTemplate, _multiple, _realized
+
+#: Rows of tiles that walk the columns together, so that both operands are found in L2.
+GROUP_M = 8
 
 SOURCE = r"""
 {{def_kernel("A", "B", "A_SCALE", "B_SCALE") if BLOCK_SCALES else def_kernel("A", "B")}}
@@ -101,8 +99,15 @@ SOURCE = r"""
     {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
 """
 
+
+@SymbolicGridFn
+def one_program_per_tile(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Callable[[Any, Any], Any]) -> tuple:
+    """(M, N, meta) -> (tiles of M * tiles of N, 1, 1)."""
+    return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
+
+
 quantized_matmul_template = ChainMatmulTemplate(
-    "batchinv_quantized_matmul", grid=chain_matmul_grid, source=SOURCE
+    "batchinv_quantized_matmul", grid=one_program_per_tile, source=SOURCE
 )
 
 

@@ -29,6 +29,7 @@ from .cpp_kernel import CppKernel
 from .cpp_module import CppModule
 from .finding import Finding, Report
 from .lengths import Forms, Names, Values
+from .tiles import MappedReport, straightened
 from .triton_kernel import TritonKernel
 from .wrapper import Definition, Wrapper
 
@@ -105,25 +106,38 @@ class _Graph:
 
     def check_triton(self, definition: Definition, wrapper: Wrapper, report: Report) -> None:
         try:
-            kernel = TritonKernel(definition.text, report)
+            straight = list(straightened(definition.text, report))
+            kernels = [TritonKernel(one.text, MappedReport(report, one)) for one in straight]
+            kernels = kernels or [TritonKernel(definition.text, report)]
         except SyntaxError as error:
             report.add("parse", error.lineno or 1, str(error))
             return
+        for kernel in kernels:
+            self._check_triton_kernel(kernel, definition, wrapper)
+        for kernel, one in zip(kernels, straight, strict=False):
+            for sizes in one.others:
+                kernel.set_constants(sizes)
+                self._check_lengths(kernel, definition, wrapper)
+        retraced = frozenset.intersection(*(frozenset(k.sums.retraced | k.product.retraced) for k in kernels))
+        self.examined.append(
+            ExaminedKernel(definition.name, definition.text, True, definition.nodes, retraced)
+        )
+
+    def _check_triton_kernel(self, kernel: TritonKernel, definition: Definition, wrapper: Wrapper) -> None:
         kernel.check()
         flush = kernel.flags.get("disable_ftz")
         self.disable_ftz.add(flush and flush.value)
         if len(self.disable_ftz) > 1:
             kernel.note("flags", flush, "disable_ftz differs between the kernels of one graph")
+        self._check_lengths(kernel, definition, wrapper)
+
+    def _check_lengths(self, kernel: TritonKernel, definition: Definition, wrapper: Wrapper) -> None:
         if self.entries is not None:
             own = [entry for entry in self.entries if entry.name in definition.nodes] or self.entries
             forms = Forms(own)
             has_flip = any(entry.op.startswith(("aten.flip", "prims.rev")) for entry in own)
             for arguments in list(wrapper.arguments(definition, kernel.parameters)) or [{}]:
                 kernel.check_lengths(forms if forms.are_any else self.forms, self.chunks, arguments, has_flip)
-        retraced = frozenset(kernel.sums.retraced | kernel.product.retraced)
-        self.examined.append(
-            ExaminedKernel(definition.name, definition.text, True, definition.nodes, retraced)
-        )
 
     def check_cpp(self, definition: Definition, wrapper: Wrapper, report: Report) -> None:
         kernel = CppKernel(definition.text, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .finding import Report
 from .lengths import Names, Values, is_constant, values_of
@@ -103,6 +103,11 @@ class KernelSyntax:
         """Report ``found`` (by default the whole line) at ``node``, or at the head of the function."""
         node = node or self.function
         self.report.add(rule, node.lineno if node else 1, found or self.line(node))  # type: ignore[attr-defined,arg-type]
+
+    def set_constants(self, constants: Mapping[str, int]) -> None:
+        """Read the kernel with other values of ``constants`` that it defines."""
+        for name, value in constants.items():
+            self.assignments[name] = ast.copy_location(ast.Constant(value), self.assignments[name])
 
     def values(self, name: str, arguments: Names) -> Values | None:
         """The values of a size of the kernel: set in its body, or passed by the wrapper."""

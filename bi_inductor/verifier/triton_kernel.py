@@ -58,6 +58,7 @@ IMPORTS = frozenset(
         "from bi_inductor.runtime import attention",
         "from bi_inductor.runtime import ordered",
         "from bi_inductor.runtime import schedules as triton_heuristics",
+        "from bi_inductor.runtime import tiles as triton_heuristics",
     ]
 )
 #: Settings of a kernel that reach its bits; ``enable_fp_fusion`` must be given.

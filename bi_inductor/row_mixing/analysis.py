@@ -1,0 +1,141 @@
+"""The dataflow over one graph, and over the graphs of a function with the batch size as a symbol."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from ..dry_run import DryRun
+from .place import INDEPENDENT, Cause, Mixed, Place, Rows
+from .rules import Step, input_place, place_of
+
+ROW_MIXING = "ROW-MIXING"
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputRows:
+    """One output of a graph: where its rows are (None: no row is in it), and how rows mix in it.
+
+    ``dim`` holds outer * batch * inner elements, mostly 1 * batch * 1.
+    """
+
+    name: str
+    dim: int | None
+    mixing: tuple[Cause, ...] = ()
+    outer: int = 1
+    inner: int = 1
+
+    def __str__(self) -> str:
+        if self.mixing:
+            return f"{self.name}: {ROW_MIXING} through {'; '.join(map(str, self.mixing))}"
+        return f"{self.name}: " + (
+            "no rows" if self.dim is None else f"rows apart along dimension {self.dim}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMixing:
+    """The outputs of all graphs of a function, graph by graph; ``bool()`` is True if any row can see another."""
+
+    graphs: tuple[tuple[OutputRows, ...], ...]
+
+    @property
+    def causes(self) -> tuple[Cause, ...]:
+        """Every op through which rows mix, once."""
+        found = (cause for outputs in self.graphs for output in outputs for cause in output.mixing)
+        return tuple(dict.fromkeys(found))
+
+    def __bool__(self) -> bool:
+        return bool(self.causes)
+
+    def __str__(self) -> str:
+        return "\n".join(str(output) for outputs in self.graphs for output in outputs)
+
+
+def analyse(gm: GraphModule, batch: sympy.Symbol | None = None) -> tuple[OutputRows, ...]:
+    """The outputs of an ATen graph whose inputs have the symbol ``batch`` where their rows are.
+
+    ``batch``: the only symbol of the inputs' sizes if None. Raises ValueError if there are several. Without any, the
+    batch is a constant, which nothing can be told about: every output is mixed.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    symbol = batch or _only_symbol(placeholders)
+    places: dict[Node, Place] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            places[node] = input_place(node, symbol) if symbol is not None else _unknown(node)
+        elif node.op == "call_function":
+            places[node] = place_of(Step(node, places, symbol or sympy.Symbol("batch")))
+        else:
+            places[node] = INDEPENDENT
+    return tuple(_output(node, places) for node in gm.graph.output_node().all_input_nodes)
+
+
+def _only_symbol(placeholders: list[Node]) -> sympy.Symbol | None:
+    values = [node.meta.get("val") for node in placeholders]
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    symbols = {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    if len(symbols) > 1:
+        raise ValueError(f"sizes of inputs have several symbols, {symbols}; name that of the batch")
+    return symbols.pop() if symbols else None
+
+
+def _unknown(node: Node) -> Place:
+    return Mixed((Cause(node.name, "", "an input without a symbol for the batch size"),))
+
+
+def _output(node: Node, places: dict[Node, Place]) -> OutputRows:
+    place = places[node]
+    if isinstance(place, Mixed):
+        return OutputRows(node.name, None, place.causes)
+    if isinstance(place, Rows):
+        return OutputRows(node.name, place.dim, (), place.outer, place.inner)
+    return OutputRows(node.name, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Capture(DryRun):
+    """Keeps the ATen graphs that the backend would lower, and lowers nothing."""
+
+    graphs: list[GraphModule] = dataclasses.field(default_factory=list)
+
+    def _backend(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.aot_autograd import make_boxed_func
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        from ..decompositions import decompositions
+        from ..passes.canonicalize import canonicalize
+
+        def keep(graph: GraphModule, _: Any) -> Any:
+            self.graphs.append(graph)
+            return make_boxed_func(graph)
+
+        stage = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions())
+        with sdpa_kernel(SDPBackend.MATH):
+            return stage(canonicalize(gm), inputs)
+
+    @contextlib.contextmanager
+    def _recording(self, originals: dict[int, Any]) -> Iterator[list[str]]:
+        yield []
+
+
+def row_mixing(fn: Callable[..., Any], *args: Any, batch_dim: int = 0, **kwargs: Any) -> RowMixing:
+    """For each output of ``fn(*args, **kwargs)``: can one row see another, and through which op?
+
+    Dimension ``batch_dim`` of every tensor argument that has the size of the first one's there is the batch. Nothing
+    is compiled or run. A row that cannot see another has bits of its own under this backend; the other way round, a
+    ROW-MIXING output may still be free of it: what no rule speaks about counts as mixing. Raises
+    SpecializedBatchError for a function that takes the batch size for a constant.
+
+    >>> print(row_mixing(model, torch.randn(8, 512)))
+    """
+    run = _Capture("cpu", batch_dim=batch_dim)
+    run(fn, args, kwargs)
+    return RowMixing(tuple(analyse(graph) for graph in run.graphs))

@@ -1,0 +1,100 @@
+"""Which outputs can see another row: what mixes is found by op and line, what does not is left in peace."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bi_inductor.row_mixing import row_mixing
+
+W, TABLE = torch.randn(8, 8), torch.randn(20, 8)
+
+APART = {
+    "pointwise": lambda x: F.gelu(x) * 2 + W[0],
+    "softmax": lambda x: x.softmax(-1),
+    "reduction": lambda x: (x.sum((1, 2)), x.mean(1, keepdim=True), x.var(2), x.amax(1)),
+    "cumsum": lambda x: x.cumsum(1),
+    "sort": lambda x: x.sort(-1).values,
+    "topk": lambda x: x.topk(2, dim=1).values,
+    "linear": lambda x: F.linear(x, W, W[0]),
+    "rows as columns": lambda x: (W @ x[:, 0].t()).t(),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "batched product": lambda x: x @ x.transpose(1, 2),
+    "merged with positions": lambda x: (x.flatten(0, 1) @ W).view(x.shape) + x,
+    "batch in the middle": lambda x: x.transpose(0, 1).reshape(5, -1, 2, 4).softmax(-1).transpose(0, 1),
+    "embedding": lambda x: F.embedding(x.argmax(-1), TABLE),
+    "gather": lambda x: x.gather(1, x.argmax(1, keepdim=True)),
+    "shift along the width": lambda x: torch.cat([x[..., 1:], x[..., :1]], -1),
+    "convolution": lambda x: F.conv1d(x, torch.ones(3, 5, 3), padding=1),
+    "batch norm in eval": lambda x: F.batch_norm(x, W[0, :5], W[1, :5].abs()),
+    "windows": lambda x: x.unfold(2, 3, 1).sum(-1),
+}
+
+MIXING = {
+    "mean over the batch": lambda x: x - x.mean(0),
+    "sum of all": lambda x: x.sum(),
+    "softmax over the batch": lambda x: x.softmax(0),
+    "cumsum over the batch": lambda x: x.cumsum(0),
+    "sort over the batch": lambda x: x.sort(0).values,
+    "batch norm in training": lambda x: F.batch_norm(x, None, None, training=True),
+    "rows look up rows": lambda x: x[x[:, 0, 0].long().clamp(0, 1)],
+    "gather over the batch": lambda x: x.gather(0, torch.zeros_like(x, dtype=torch.int64)),
+    "the first row": lambda x: x + x[0],
+    "turned round": lambda x: x.flip(0),
+    "rolled": lambda x: x.roll(1, 0),
+    "similarities": lambda x: x[:, 0] @ x[:, 0].t(),
+    "pairs": lambda x: x[:, None] - x[None],
+    "the number of rows": lambda x: x / x.shape[0],
+    "regrouped": lambda x: x.transpose(0, 1).reshape(x.shape) + x,
+    "einsum over rows": lambda x: torch.einsum("bik,bjk->ij", x, x),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_rows_stay_apart(name):
+    found = row_mixing(APART[name], torch.randn(3, 5, 8))
+    assert not found, str(found)
+    assert all(output.dim is not None for outputs in found.graphs for output in outputs)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_mixing_is_found_with_its_line(name):
+    found = row_mixing(MIXING[name], torch.randn(3, 5, 8))
+    assert found and "ROW-MIXING" in str(found)
+    assert any(f'"{name}"' in cause.source or "lambda" in cause.source for cause in found.causes), str(found)
+
+
+def test_only_the_outputs_behind_the_op_are_mixed():
+    def fn(x):
+        y = x * 2
+        return y, y.sum(-1) - y.sum(-1).mean(), W.sum(0)
+
+    apart, mixed, constant = row_mixing(fn, torch.randn(3, 5, 8)).graphs[0]
+    assert (apart.dim, apart.mixing) == (0, ()) and constant.dim is None and not constant.mixing
+    assert [cause.op for cause in mixed.mixing] == ["aten.mean.default"]
+    assert "y.sum(-1).mean()" in mixed.mixing[0].source
+
+
+def test_transformer_layers_do_not_mix():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    assert not row_mixing(layer, torch.randn(3, 5, 16))
+    normed = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU())
+    assert {cause.op for cause in row_mixing(normed, torch.randn(3, 16)).causes} <= {
+        "aten.var_mean.correction",
+        "aten.mean.dim",
+        "aten.var.correction",
+        "aten.squeeze.dims",
+    }
+    assert not row_mixing(normed.eval(), torch.randn(3, 16))
+
+
+def test_an_op_without_a_rule_counts_as_mixing():
+    found = row_mixing(lambda x: torch.as_strided(x, (x.shape[0], 2), (40, 1)), torch.randn(3, 5, 8))
+    assert [cause.reason for cause in found.causes] == ["nothing is known about it"]
+
+
+def test_another_batch_dim():
+    x = torch.randn(5, 3, 8)
+    assert row_mixing(lambda x: x.sum(1), x, batch_dim=1) and not row_mixing(
+        lambda x: x.sum(0), x, batch_dim=1
+    )

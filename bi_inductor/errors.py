@@ -35,6 +35,10 @@ class OrderError(ValueError):
     """``reveal_order`` was given a function whose answers fit no order of additions; the message says which."""
 
 
+class NotCompiledError(ValueError):
+    """A function was to be inspected that Dynamo does not compile; the message names it."""
+
+
 class MissingDependencyError(ImportError):
     """Something that needs an optional package was asked for without it; the message names the package."""
 

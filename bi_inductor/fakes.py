@@ -52,7 +52,8 @@ def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> type
 
     def moved(value: Any) -> Any:
         if isinstance(value, types.FunctionType):
-            return _copied_function(value, memo) if value.__closure__ else value
+            is_torchs = (value.__module__ or "").split(".")[0] == "torch"  # Dynamo knows those by identity
+            return _copied_function(value, memo) if value.__closure__ and not is_torchs else value
         return copy.deepcopy(value, memo) if isinstance(value, (Tensor, torch.nn.Module)) else value
 
     names = [name for name in function.__code__.co_names if name in function.__globals__]

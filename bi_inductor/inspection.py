@@ -15,6 +15,7 @@ from typing import Any
 from bi_inductor import certificate
 from bi_inductor.certificate import Certificate, Entry
 from bi_inductor.dry_run import DryRun
+from bi_inductor.errors import NotCompiledError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +140,13 @@ def inspect(
     ``dynamic``: as for ``torch.compile``, except that None means static. ``backward``: training graphs too.
 
     Raises OptionError for an unknown target, MissingDependencyError without triton (GPU targets),
-    BatchInvarianceError for what the backend refuses.
+    BatchInvarianceError for what the backend refuses, NotCompiledError for what Dynamo leaves to eager.
 
     >>> print(inspect(model, torch.randn(8, 512), target="sm_90"))
     """
     sources, _ = DryRun(target, bool(dynamic), options, backward)(fn, args, kwargs)
     if not sources:
-        raise ValueError(f"{fn} was not compiled at all: Dynamo skips such functions and runs them eagerly")
+        raise NotCompiledError(
+            f"{fn} was not compiled at all: Dynamo skips such functions and runs them eagerly"
+        )
     return Inspection(target, tuple(map(_generated_graph, sources)))

@@ -132,21 +132,27 @@ for _op, _backward in ((bmm_wide, _bmm_wide_backward), (bmm_rounding, _bmm_round
 
 # ---------------------------------------------------------------- segments, prefixes and rows
 
-SEGMENT_COMBINES = ("sum", "prod", "amax", "amin")
+SEGMENT_COMBINES = ("sum", "prod", "amax", "amin", "logaddexp")
 
 
 def combine_identity(combine: str, dtype: torch.dtype) -> float | int:
-    """The value that changes nothing: 0, 1, the lowest or the highest of ``dtype``."""
+    """The value that changes nothing: 0, 1, the lowest (log 0 for logaddexp) or the highest of ``dtype``."""
     if combine in ("sum", "prod"):
         identity = 0 if combine == "sum" else 1
         return float(identity) if dtype.is_floating_point else identity
     if dtype.is_floating_point:
-        return -torch.inf if combine == "amax" else torch.inf
+        return torch.inf if combine == "amin" else -torch.inf
     limits = torch.iinfo(dtype)
     return limits.min if combine == "amax" else limits.max
 
 
-_EAGER_COMBINE = {"sum": torch.add, "prod": torch.mul, "amax": torch.maximum, "amin": torch.minimum}
+_EAGER_COMBINE = {
+    "sum": torch.add,
+    "prod": torch.mul,
+    "amax": torch.maximum,
+    "amin": torch.minimum,
+    "logaddexp": torch.logaddexp,
+}
 
 _LIBRARY.define("segment_tree(Tensor values, Tensor start, Tensor end, str combine, int bits) -> Tensor")
 _LIBRARY.define("block_scan(Tensor x, int dim, str combine, int bits) -> Tensor")

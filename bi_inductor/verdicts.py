@@ -60,14 +60,15 @@ _MOVEMENT = """
     select_scatter slice_scatter as_strided_scatter diagonal_scatter
     full full_like zeros zeros_like ones ones_like empty empty_like empty_strided empty_permuted new_empty
     new_full new_zeros new_ones new_empty_strided scalar_tensor arange eye tril triu tril_indices triu_indices
-    fill _to_copy pixel_shuffle pixel_unshuffle _assert_async _assert_scalar _assert_tensor_metadata
+    fill _to_copy pixel_shuffle pixel_unshuffle _linalg_check_errors _assert_async _assert_scalar
+    _assert_tensor_metadata view_as_real view_as_complex
     sym_size sym_stride sym_numel sym_storage_offset sym_constrain_range sym_constrain_range_for_size
 """.split()
 
 _MOVEMENT_PRIMS = """
     convert_element_type broadcast_in_dim iota fma device_put collapse_view split_dim squeeze transpose
-    view_of empty_strided rev inductor_seed inductor_seeds inductor_lookup_seed
-    _low_memory_max_pool_with_offsets
+    view_of empty_strided copy_strided rev _make_token _sink_tokens inductor_seed inductor_seeds inductor_lookup_seed
+    _low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices
 """.split()
 
 _FLOAT_SUMS = {
@@ -159,6 +160,40 @@ def _refusal(reason: str, remedy: str = _REMEDY) -> Ruling:
 
 def is_pointwise(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+#: Why an op without a form has none, by name; matched in this order, a name by its beginning.
+_REASONS = (
+    (
+        "_fft",
+        "transforms longer than 2048, and of fp16, have no canonical form: they would be products of their length",
+    ),
+    (
+        "linalg_eig linalg_eigh _linalg_eigh _linalg_svd linalg_qr geqrf ormqr linalg_householder_product "
+        "linalg_ldl linalg_lstsq linalg_pinv linalg_matrix_exp",
+        "its factorisation iterates, or reduces, in a library whose algorithm follows the size",
+    ),
+    (
+        "linalg _linalg cholesky lu_ triangular_solve",
+        "systems are eliminated step by step up to 16 rows of real numbers; larger ones are a library's",
+    ),
+    (
+        "nonzero masked_select unique _unique repeat_interleave",
+        "how many rows it returns only the data knows",
+    ),
+    (
+        "poisson binomial _standard_gamma _sample_dirichlet standard_gamma",
+        "it draws as many random numbers as the data want",
+    ),
+    ("_ctc_loss _cudnn_ctc", "its recursion over the alignments is a library's"),
+)
+
+
+def _reason(name: str) -> str:
+    for names, reason in _REASONS:
+        if name.startswith(tuple(names.split())):
+            return reason
+    return "it has no canonical form yet"
 
 
 _SPECIAL: dict[str, Callable[[Node], Ruling]] = {}
@@ -296,6 +331,14 @@ def _invariant(node: Node) -> Ruling:
     return Ruling(Verdict.INVARIANT)
 
 
+@_special(
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "fractional_max_pool2d", "fractional_max_pool3d"
+)
+def _window_maximum(node: Node) -> Ruling:
+    length = _length(_argument(node, "kernel_size"))
+    return Ruling(Verdict.CANONICAL, contract.reduction_form("max", length, _value(node.args[0]).dtype))
+
+
 @_special("copy_")
 def _copy(node: Node) -> Ruling:
     return Ruling(Verdict.INVARIANT)
@@ -305,7 +348,7 @@ def rule(node: Node) -> Ruling:
     """The ruling for one call_function node of a lowered (post-grad) graph."""
     target = node.target
     if target is operator.getitem or not isinstance(target, torch._ops.OpOverload):
-        return _rule_for_python(target)
+        return _rule_for_python(node)
     name = target._schema.name.split("::")[1]
     if name in _SPECIAL:
         return _SPECIAL[name](node)
@@ -318,11 +361,14 @@ def rule(node: Node) -> Ruling:
         return Ruling(Verdict.INVARIANT)
     if target.namespace not in ("aten", "prims", "inductor_prims"):
         return _refusal("nothing is known about the order of additions in a custom op")
-    return _refusal("it has no canonical form yet")
+    return _refusal(_reason(name))
 
 
-def _rule_for_python(target: Any) -> Ruling:
+def _rule_for_python(node: Node) -> Ruling:
     """Integer arithmetic on sizes and tuple access are invariant; higher-order ops are refused."""
+    target = node.target
+    if target is torch.ops.higher_order.with_effects and is_movement(node.args[1]):
+        return Ruling(Verdict.INVARIANT)  # a check that raises, kept in its place among other effects
     if isinstance(target, torch._ops.HigherOrderOperator):
         return _refusal("higher-order ops are not looked into yet")
     return Ruling(Verdict.INVARIANT)

@@ -14,4 +14,4 @@ and imports what is heavy inside ``run``. What takes longer than two seconds say
 from __future__ import annotations
 
 #: In the order in which ``--help`` lists them.
-NAMES = ("inspect", "certify", "check", "orders", "doctor", "versions")
+NAMES = ("inspect", "certify", "check", "orders", "doctor", "coverage", "versions")

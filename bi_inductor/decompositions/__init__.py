@@ -11,8 +11,9 @@ of them::
     addmv  round(beta c[m] + alpha sum_k a[m, k] x[k])        addmm with N = 1
     addbmm round(beta c[m, n] + alpha sum_(b, k) a[b, m, k] b[b, k, n])   addmm over K' = (b, k), b outermost
 
-Integer products are exact in every order; convolutions become matrix products; scatters, sorts and scans become
-ops with one answer: see the modules beside this one.
+Integer products are exact in every order; convolutions and Fourier transforms become matrix products; pooling becomes
+sums over windows; scatters, sorts, scans and what picks elements by rank become ops with one answer; complex numbers
+become pairs, small linear systems steps of elimination: see the modules beside this one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,24 @@ import torch
 from torch import Tensor
 
 from bi_inductor.accumulation.ops import continuing, continuing_decomposed
-from bi_inductor.decompositions import convolution, foreach, grouped, integer, order, scaled, scatter
+from bi_inductor.decompositions import (
+    bags,
+    complex_pairs,
+    convolution,
+    elimination,
+    foreach,
+    grouped,
+    histogram,
+    integer,
+    interpolation,
+    order,
+    pooling,
+    random,
+    scaled,
+    scatter,
+    selection,
+    spectrum,
+)
 from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
 
 aten = torch.ops.aten
@@ -55,12 +73,40 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **grouped.TABLE,
         **convolution.TABLE,
         **foreach.TABLE,
+        **pooling.TABLE,
+        **selection.TABLE,
+        **histogram.TABLE,
+        **random.TABLE,
+        **spectrum.TABLE,
+        **bags.TABLE,
+        **interpolation.TABLE,
+        **elimination.TABLE,
+        **_from_torch(),
+        **complex_pairs.TABLE,
         **scatter.TABLE,
         **order.TABLE,
         bmm_rounding: bmm_rounding_decomposed,
         continuing: continuing_decomposed,
     }
-    return _Table({**table, **ours})
+    table.update(ours)
+    for op, rule in complex_pairs.RULES.items():
+        table[op] = complex_pairs.with_complex(rule, table.get(op))
+    return _Table(table)
+
+
+#: Rules of torch's own that Inductor does not use: each is made of ops that have a canonical form.
+_TORCH_RULES = (
+    aten.glu.default,
+    aten.glu_backward.default,
+    aten.soft_margin_loss_backward.default,
+    aten.upsample_trilinear3d.default,
+)
+
+
+def _from_torch() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import decomposition_table
+
+    return {op: decomposition_table[op] for op in _TORCH_RULES if op in decomposition_table}
 
 
 class _Table(dict[Any, Callable[..., Any]]):

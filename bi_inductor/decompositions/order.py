@@ -34,7 +34,7 @@ _INFINITY = {
 }
 
 
-def _key(x: Tensor, descending: bool) -> Tensor:
+def sort_key(x: Tensor, descending: bool = False) -> Tensor:
     """Integers in the order of the floats ``x``, by integer operations alone: no float simplification reaches them.
 
     The sign and magnitude of a float's bits become a two's complement, so that both zeros are 0.
@@ -56,7 +56,7 @@ def _sort_stable(self: Tensor, *, stable: bool | None = True, dim: int = -1, des
     if self.is_floating_point():
         if self.dtype not in _KEY_DTYPE:
             return NotImplemented
-        _, order = torch.sort(_key(self, descending), dim=dim, stable=True)
+        _, order = torch.sort(sort_key(self, descending), dim=dim, stable=True)
         return torch.gather(self, dim, order), order
     if stable or self.dtype.is_complex:
         return NotImplemented
@@ -88,10 +88,20 @@ def _scan(combine: str) -> Callable[..., Tensor]:
     return scan
 
 
+def _logcumsumexp(self: Tensor, dim: int) -> Tensor:
+    if not self.is_floating_point():
+        return NotImplemented
+    if self.dim() == 0 or self.numel() == 0:
+        return self.clone()
+    dim = dim % self.dim()
+    return block_scan(self, dim, "logaddexp", bit_count(self.shape[dim] + 1)).to(self.dtype)
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
     aten.sort.default: _sort,
     aten.sort.stable: _sort_stable,
     aten.topk.default: _topk,
     aten.cumsum.default: _scan("sum"),
     aten.cumprod.default: _scan("prod"),
+    aten.logcumsumexp.default: _logcumsumexp,
 }

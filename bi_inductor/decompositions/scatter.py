@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import segment_tree, store_rows, wide_dtype
+from ..ops import block_scan, segment_tree, store_rows, wide_dtype
 
 aten = torch.ops.aten
 
@@ -124,6 +124,23 @@ def _index_add(self: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: 
     return _index_put(self, [*[None] * (dim % self.dim()), index.reshape(-1)], values, accumulate=True)
 
 
+def _index_reduce(
+    self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    if reduce == "mean" and not self.is_floating_point():
+        return NotImplemented
+    if self.dim() == 0:
+        args = index.reshape(-1), source.reshape(-1), reduce
+        return _index_reduce(self.reshape(1), 0, *args, include_self=include_self).reshape([])
+    first, values = self.movedim(dim, 0), source.movedim(dim, 0)
+    columns = math.prod(first.shape[1:])
+    base = first.reshape(first.shape[0], columns)
+    values = values.reshape(values.shape[0], columns)
+    rows = _wrapped(index.reshape(-1), base.shape[0])
+    result = put_rows(base, rows, values, {**_REDUCE, "mean": "mean"}[reduce], include_self=include_self)
+    return result.reshape(first.shape).movedim(0, dim)
+
+
 def _index_copy(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     if self.dim() == 0:
         return _index_copy(self.reshape(1), 0, index.reshape(-1), source.reshape(-1)).reshape([])
@@ -131,13 +148,25 @@ def _index_copy(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor
 
 
 def _masked_put(self: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool) -> Tensor:
-    """One boolean mask and one value: a ``where``. More values need a count that only the data knows."""
-    if len(indices) != 1 or values.numel() != 1:
+    """One boolean mask: a ``where``. Of several values, each selected place takes the next."""
+    if len(indices) != 1 or (accumulate and self.dtype.is_complex):
         return NotImplemented
     mask = indices[0].bool()
-    mask = mask.reshape(*mask.shape, *[1] * (self.dim() - mask.dim()))
-    value = values.reshape([]).to(self.dtype)
-    return torch.where(mask, self + value if accumulate else value, self)
+    rest = self.shape[mask.dim() :]
+    values = values.to(self.dtype)
+    if values.dim() == len(rest) + 1 and values.shape[0] != 1:
+        values = values[mask_rank(mask.reshape(-1)).clamp(max=values.shape[0] - 1)]
+        values = values.expand(values.shape[0], *rest).reshape(*mask.shape, *rest)
+    elif values.dim() == len(rest) + 1:
+        values = values.squeeze(0)
+    mask = mask.reshape(*mask.shape, *[1] * len(rest))
+    return torch.where(mask, self + values if accumulate else values, self)
+
+
+def mask_rank(mask: Tensor) -> Tensor:
+    """For each element of a flat ``mask``, how many selected ones stand before it."""
+    selected = mask.to(torch.int64)
+    return block_scan(selected, 0, "sum", bit_count(mask.shape[0] + 1)) - selected
 
 
 def _masked_accumulate(self: Tensor, mask: Tensor, indices: Sequence[Any], values: Tensor) -> Tensor:
@@ -243,6 +272,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten._unsafe_masked_index_put_accumulate.default: _masked_accumulate,
     aten.index_add.default: _index_add,
     aten.index_copy.default: _index_copy,
+    aten.index_reduce.default: _has_order(_index_reduce),
     aten.scatter.src: _scatter,
     aten.scatter.value: _scatter,
     aten.scatter.reduce: _has_order(_scatter_legacy_reduce),

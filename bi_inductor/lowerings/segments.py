@@ -21,7 +21,21 @@ from ..ops import SEGMENT_COMBINES, combine_identity, wide_dtype
 #: Tree levels per kernel. The values are equal for every choice; 3 reads each level's input once or less.
 LEVELS = 3
 
-_COMBINE = {"sum": ops.add, "prod": ops.mul, "amax": ops.maximum, "amin": ops.minimum}
+
+def _logaddexp(a: Any, b: Any) -> Any:
+    """log(exp(a) + exp(b)) = greater + log1p(exp(less - greater)); two equal infinities are themselves."""
+    less, greater = ops.minimum(a, b), ops.maximum(a, b)
+    total = ops.add(greater, ops.log1p(ops.exp(ops.sub(less, greater))))
+    return ops.where(ops.logical_and(ops.eq(a, b), ops.isinf(a)), a, total)
+
+
+_COMBINE = {
+    "sum": ops.add,
+    "prod": ops.mul,
+    "amax": ops.maximum,
+    "amin": ops.minimum,
+    "logaddexp": _logaddexp,
+}
 assert set(_COMBINE) == set(SEGMENT_COMBINES)
 
 

@@ -48,6 +48,13 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = Non
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
+@composite("pdist(Tensor input, float p=2.) -> Tensor")
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    """``[N, M]`` -> norms of the differences of rows i < j, ``[N (N - 1) / 2]``."""
+    first, second = torch.triu_indices(input.shape[0], input.shape[0], 1, device=input.device).unbind(0)
+    return torch.linalg.vector_norm(input[first] - input[second], p, dim=-1)
+
+
 def _operand_list(operands: Sequence[Any]) -> list[Any]:
     """The operands of a variadic call, which may come as one list."""
     return (
@@ -88,6 +95,7 @@ CONTRACTIONS = (
     ),
     Retarget("bilinear", frozenset({torch.bilinear, torch.ops.aten.bilinear.default}), bilinear),
     Retarget("cdist", frozenset({torch.functional.cdist}), cdist),
+    Retarget("pdist", frozenset({torch.pdist, torch.ops.aten.pdist.default}), pdist),
     Retarget(
         "einsum",
         frozenset({torch.functional.einsum}),

@@ -18,12 +18,21 @@ LIBRARY_CALLS = frozenset(
     torch.cuda._DeviceGuard torch.cuda.set_device torch.cuda.synchronize torch.cuda.current_stream torch.cuda.stream
     torch.ops.inductor._reinterpret_tensor inductor_ops.accumulate_grad_ torch.empty_strided torch.Size
     inductor_ops.resize_storage_bytes_ torch.Stream torch.Event torch.tensor
+    torch.ops.aten._linalg_check_errors.default
     torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
     """.split()
 )
 #: Operators with one possible answer for the dtypes their rulings admit, integers and sorted values.
 EXACT_CALLS = frozenset(
     "torch.ops.aten.sort.stable torch.ops.aten.searchsorted.Tensor torch.ops.aten.bucketize.Tensor".split()
+)
+#: Operators that move elements of complex tensors, for which Inductor has no kernels; by packet.
+MOVES = frozenset(
+    f"torch.ops.aten.{name}"
+    for name in """as_strided as_strided_scatter cat clone constant_pad_nd copy empty expand flip full gather index
+    index_select permute reshape roll scalar_tensor select select_scatter slice slice_scatter split
+    split_with_sizes squeeze stack transpose unbind unsqueeze view view_as_complex view_as_real where
+    zeros""".split()
 )
 _LIBRARIES = (
     "aten",
@@ -130,13 +139,16 @@ class Wrapper:
         if rest == "run" or (not rest and name):
             self.calls.setdefault(root, []).append(node.args)
         elif root in _LIBRARIES:
-            if name not in LIBRARY_CALLS and not (name in EXACT_CALLS and self._is_exact(name)):
+            if name not in LIBRARY_CALLS and not self._has_one_answer(name):
                 self._note("extern", node)
         elif isinstance(node.func, ast.Attribute) and _is_tensor_method(node.func.attr):
             self._note("extern", node)
 
     def _note(self, rule: str, node: ast.AST) -> None:
         self.report.add(rule, node.lineno, self.lines[node.lineno - 1])  # type: ignore[attr-defined]
+
+    def _has_one_answer(self, name: str) -> bool:
+        return name.rpartition(".")[0] in MOVES or (name in EXACT_CALLS and self._is_exact(name))
 
     def _is_exact(self, name: str) -> bool:
         """True if the ruling on every op of this name was that no order can change its result."""

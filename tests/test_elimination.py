@@ -1,0 +1,54 @@
+"""Small linear systems: eager's answers up to rounding, each matrix by itself."""
+
+import pytest
+import torch
+from devices import DEVICES, compiled, random_rows
+
+import bi_inductor
+from bi_inductor import BatchInvarianceError
+
+
+def positive(batch, count, device="cpu"):
+    """Symmetric matrices with eigenvalues from 1."""
+    a = torch.randn(batch, count, count, generator=torch.Generator().manual_seed(0)).to(device)
+    return a @ a.mT + torch.eye(count, device=device)
+
+
+def systems(a, b):
+    lu, pivots = torch.linalg.lu_factor(a)
+    return (
+        torch.linalg.inv(a),
+        torch.linalg.det(a),
+        torch.linalg.solve(a, b),
+        torch.linalg.cholesky(a),
+        torch.linalg.slogdet(a).logabsdet,
+        torch.linalg.lu_solve(lu, pivots, b),
+        torch.linalg.solve_triangular(a.tril(), b, upper=False),
+        *torch.linalg.lu(a),
+    )
+
+
+def test_they_are_solved():
+    a, b = positive(3, 5), random_rows(3, 5, 2)
+    for actual, expected in zip(compiled(systems)(a, b), systems(a.double(), b.double()), strict=True):
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_matrix_does_not_see_the_batch(device):
+    a, b = positive(9, 4, device), random_rows(9, 4, 2, device=device)
+
+    def few(a, b):
+        return torch.linalg.solve(a, b), torch.linalg.det(a), torch.linalg.cholesky(a)
+
+    bi_inductor.assert_batch_invariant(compiled(few, dynamic=True), a, b, batches=(1, 2, 9))
+
+
+def test_a_singular_matrix_is_still_an_error():
+    with pytest.raises(RuntimeError, match="singular"):
+        compiled(torch.linalg.inv)(torch.zeros(2, 3, 3))
+
+
+def test_larger_ones_are_refused_with_the_limit():
+    with pytest.raises(BatchInvarianceError, match="16"):
+        compiled(torch.linalg.det)(torch.randn(1, 17, 17))

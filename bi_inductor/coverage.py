@@ -4,9 +4,9 @@ A case (``coverage_cases.py``) is compiled statically for one row and dynamicall
 row's bits are compared with those it has alone. Where a certificate says Drawn, a row's bits follow its slot, so
 rows in one slot are compared.
 
-    canonical    compiled, with a sum in a named order          refused    BatchInvarianceError
-    invariant    compiled, without one                          uncaptured Dynamo leaves it to eager: no backend sees it
-    VIOLATION    some row's bits changed                        ERROR      anything else
+    canonical    compiled, with a sum in a named order      refused     BatchInvarianceError
+    invariant    compiled, without one                      uncaptured  no graph reaches any backend, or stock fails too
+    VIOLATION    some row's bits changed                    ERROR       anything else
 """
 
 from __future__ import annotations
@@ -120,9 +120,12 @@ def judge(case: Case, settings: Settings) -> CaseResult:
     except BatchInvarianceError as error:
         fields = {"verdict": "refused", "reason": f"{error.op}: {error.reason}"}
     except _uncaptured() as error:
-        fields = {"verdict": "uncaptured", "reason": _described(error)}
+        whole = isinstance(error, NotCompiledError) and _is_captured(case)
+        fields = {"verdict": "invariant" if whole else "uncaptured", "reason": _described(error)}
     except Exception as error:  # what this table exists to find
-        fields = {"verdict": "ERROR", "reason": _described(error)}
+        fails = settings.backend != "inductor" and _fails_in_stock(case, settings)
+        verdict, prefix = ("uncaptured", "stock fails too: ") if fails else ("ERROR", "")
+        fields = {"verdict": verdict, "reason": prefix + _described(error)}
     return CaseResult(case.sample, case.lift, **fields)
 
 
@@ -133,6 +136,25 @@ def _uncaptured() -> tuple[type[Exception], ...]:
 
     shapes = DataDependentOutputException, DynamicOutputShapeException
     return exc.Unsupported, exc.UserError, NotCompiledError, *shapes
+
+
+def _is_captured(case: Case) -> bool:
+    """Whether Dynamo takes the function as one graph; one that only returns its inputs is not compiled."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(case.call, backend="eager", fullgraph=True)(*case.arguments(0, 2))
+    except Exception:  # whatever Dynamo says of it
+        return False
+    return True
+
+
+def _fails_in_stock(case: Case, settings: Settings) -> bool:
+    try:
+        run = _compiled(case, "inductor", dynamic=False)
+        _outputs(run, case, 0, 2, settings.backward and _is_differentiable(case))
+    except Exception:  # its own bug, or a sample that eager does not take on this device
+        return True
+    return False
 
 
 def _described(error: BaseException) -> str:

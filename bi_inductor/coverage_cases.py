@@ -101,6 +101,8 @@ def _cases(number: int, function: Callable[..., Any], arguments: Any, device: st
     def lifted(*tensors: Tensor) -> Any:
         return torch.func.vmap(single, randomness="different")(*tensors)
 
+    if any(leaves[i].layout != torch.strided for i in where):
+        return  # nothing is promised about sparse tensors, which no backend compiles
     tensors = tuple(leaves[i].detach().to(device) for i in where)
     found = [*_by_rows(number, single, tensors), *_by_vmap(number, lifted, tensors)]
     yield from found or [Case(number, "as it is", single, tensors, frozenset())]

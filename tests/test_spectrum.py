@@ -5,7 +5,7 @@ import torch
 from devices import DEVICES, compiled, random_rows
 
 import bi_inductor
-from bi_inductor import BatchInvarianceError
+from bi_inductor import BatchInvarianceError, verifier
 
 TRANSFORMS = {
     "rfft": lambda x: torch.fft.rfft(x, norm="ortho"),
@@ -51,3 +51,11 @@ def test_complex_arithmetic_does_not_see_the_batch(device):
     for actual, expected in zip(call(*inputs), arithmetic(*(x.double() for x in inputs)), strict=True):
         torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
     bi_inductor.assert_batch_invariant(call, *inputs, batches=(1, 2, 9))
+
+
+def test_a_library_kernel_that_computes_on_complex_numbers_is_found():
+    """Views of complex numbers are a library's; nothing else of theirs is."""
+    source = bi_inductor.inspect(lambda x: torch.fft.rfft(x), random_rows(3, 30), target="sm_90").source
+    call = "torch.ops.aten.view_as_complex.default("
+    assert call in source and not verifier.verify(source)
+    assert verifier.verify(source.replace(call, "torch.ops.aten.exp.default("))

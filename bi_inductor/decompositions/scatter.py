@@ -104,7 +104,7 @@ def _index_put(
     before = indexed[0] if adjacent else 0
     rest = [self.shape[dim] for dim in kept]
     shape = tensors[0].shape
-    values = values.to(self.dtype).expand(*rest[:before], *shape, *rest[before:])
+    values = values.to(self.dtype).expand([*rest[:before], *shape, *rest[before:]])
     inside = list(range(before, before + len(shape)))
     outside = [dim for dim in range(values.dim()) if dim not in inside]
     columns = math.prod(rest)

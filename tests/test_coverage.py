@@ -1,0 +1,98 @@
+"""The table of operators: each verdict is found by a case that has it, and a violation is called one."""
+
+import json
+
+import pytest
+import torch
+from devices import DEVICES
+
+from bi_inductor import coverage_pool, scope
+from bi_inductor.cli import main
+from bi_inductor.coverage import OpResult, Settings, judge, judge_op
+from bi_inductor.coverage_cases import ROWS, Case, cases_of, entries
+
+#: One of each kind of form, and of each way to have rows; all of the database is the command's.
+SAMPLE = {
+    "nn.functional.avg_pool2d": "canonical",
+    "logcumsumexp": "canonical",
+    "index_reduce.mean": "canonical",
+    "nn.functional.layer_norm": "canonical",
+    "sin": "invariant",
+    "uniform": "canonical",
+    "linalg.eigh": "refused",
+    "masked_select": "refused",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("device", DEVICES)
+def test_ops_of_the_database_keep_their_verdict_and_their_bits(device, name):
+    result = judge_op(name, Settings(target=device, samples=1))
+    assert result.verdict == SAMPLE[name], result.reason
+    assert all(case.near_eager for case in result.cases)
+    assert (result.rows > 0) == (result.verdict != "refused")
+
+
+#: Whose kernels are only looked at: for the CPU and for a GPU that is not there, forward and backward.
+LOWERED = """cummax histc mode median multinomial stft fft.irfft nn.functional.embedding_bag linalg.solve complex
+    nn.functional.adaptive_max_pool2d masked_scatter nn.functional.interpolate.linear""".split()
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
+def test_ops_of_the_database_are_lowered(target):
+    settings = Settings(target=target, samples=1, lower_only=True, backward=True)
+    results = [judge_op(name, settings) for name in LOWERED]
+    assert {r.op: r.reason for r in results if r.verdict not in ("canonical", "invariant")} == {}
+
+
+def test_cases_have_rows_of_their_own():
+    rows = next(case for case in cases_of(entries()["softmax"], 3) if case.lift == "rows")
+    values = rows.call(*rows.arguments(0, ROWS))
+    assert len(values) == ROWS and not any(torch.equal(values[0], row) for row in values[1:])
+
+
+def test_a_changed_bit_is_a_violation():
+    """Teeth: a function whose rows see the batch size in their last bits."""
+
+    def leaning(x):
+        return x + x.shape[0] * 2.0**-20
+
+    x = torch.ones(ROWS, 3)
+    result = judge(Case(0, "rows", leaning, (x,), frozenset([0])), Settings())
+    assert result.verdict == "VIOLATION" and 0 < result.changed <= result.rows
+
+
+def test_stock_inductor_is_found_out():
+    """Negative control: the same samples, through the same comparison."""
+    result = judge_op("nn.functional.linear", Settings(backend="inductor", samples=4))
+    others = judge_op("linalg.vector_norm", Settings(backend="inductor", samples=4))
+    assert "VIOLATION" in (result.verdict, others.verdict), (result, others)
+
+
+def test_a_crash_is_an_error_and_the_table_goes_on(monkeypatch):
+    results = list(coverage_pool.judged(["no such op", "sin"], Settings(samples=1, lower_only=True), 300))
+    assert [r.verdict for r in results] == ["ERROR", "invariant"] and "KeyError" in results[0].reason
+
+
+def test_the_command_resumes_and_writes(tmp_path, capsys):
+    written, table = tmp_path / "results.jsonl", tmp_path / "table.md"
+    known = OpResult("cos", "cpu", ())
+    written.write_text(json.dumps({"op": "cos", "target": "cpu", "cases": [], "seconds": 0.0}) + "\n")
+    command = ["coverage", "--ops", "cos,eye", "--samples", "1", "--lower-only", "--resume", str(written)]
+    assert main([*command, "--markdown", str(table), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [op["op"] for op in report["ops"]] == ["cos", "eye"] and len(written.read_text().splitlines()) == 2
+    assert "| eye | invariant |" in table.read_text() and f"| cos | {known.verdict} |" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--ops", "no_such_op"], ["--shard", "3/2"], ["--backend", "eager"], ["--target", "sm_1"]]
+)
+def test_wrong_arguments_get_one_line(wrong, capsys):
+    assert main(["coverage", *wrong]) == 2
+    assert capsys.readouterr().err.startswith("batchinv: ")
+
+
+def test_judging_leaves_stock_as_it_was():
+    judge_op("linalg.eigh", Settings(samples=1))
+    assert scope._depth == 0 and not scope._originals

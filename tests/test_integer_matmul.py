@@ -80,6 +80,15 @@ def test_the_tensor_core_kernel_in_the_interpreter(shape):
     assert torch.equal(run_in_interpreter(torch.mm, a, b), a @ b)
 
 
+def test_dequantising_is_fused_and_reads_the_exact_sum():
+    def layer(a, b, scale):
+        return (torch._int_mm(a, b).float() * scale).bfloat16() + 1
+
+    a, b, scale = integers(5, 70), integers(9, 70).t(), torch.rand(9)
+    assert len(inspect(layer, a, b, scale).kernels) == 1
+    assert torch.equal(run_in_interpreter(layer, a, b, scale), layer(a, b, scale))
+
+
 def test_int8_is_the_one_that_runs_on_tensor_cores():
     def emitted(dtype):
         return inspect(torch.mm, integers(64, 64, dtype=dtype), integers(64, 64, dtype=dtype)).source

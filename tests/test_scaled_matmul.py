@@ -102,6 +102,29 @@ def test_tiles_rows_and_dynamic_shapes_have_no_say(fast):
             assert same_bits(run_in_interpreter(scaled(FP32, fast), a, b, one, one), reference), tile
 
 
+def test_quantising_in_the_graph_and_a_fused_epilogue():
+    """Scales by row are exact maxima of rows, so they do not see the batch either."""
+
+    def layer(x, weight, scale):
+        largest = x.abs().amax(-1, keepdim=True).float() / 448
+        product = torch._scaled_mm((x / largest).to(E4M3), weight.t(), largest, scale, out_dtype=BF16)
+        return torch.nn.functional.silu(product) * 1.5
+
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).to(BF16)
+    weight, scale = operands(1, 32, 256)[1].t(), scales(1, 32)
+    assert len(inspect(layer, x, weight, scale).kernels) == 2
+    whole = run_in_interpreter(layer, x, weight, scale)
+    for row in (0, 7):
+        assert same_bits(run_in_interpreter(layer, x[row : row + 1], weight, scale), whole[row : row + 1])
+
+
+def test_an_fp8_result_is_rounded_once():
+    a, b = operands(5, 32, 304)
+    result = run_in_interpreter(scaled(None), a, b, torch.ones(1), torch.ones(1))
+    expected = (oracle.chunked_matmul(a, b) + 0.0).to(E4M3)
+    assert result.dtype == E4M3 and torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
+
+
 # One family of instructions
 
 

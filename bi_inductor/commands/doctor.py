@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 from bi_inductor.commands.reporting import CommandError, progress, quiet_torch
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     results: list[Result] = []
     for kind in _chosen(options.kinds):
         progress(f"{kind.name}: K = {', '.join(map(str, kind.depths))}")
-        with quiet_torch():
+        with quiet_torch(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             results += doctor.examine(kind)
     if options.json:
         print(json.dumps(_as_json(results), indent=2))

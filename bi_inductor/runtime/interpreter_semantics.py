@@ -1,7 +1,7 @@
 """Where Triton's interpreter differs from a GPU in more than speed, put right; to be used inside a worker only.
 
 libdevice    its functions are stubs that the compiler replaces and the interpreter does not: numpy's here
-bf16         fp32 to bf16 rounds to nearest even, as on a GPU; the interpreter truncates
+bf16, fp8    fp32 to bf16 and fp8 rounds to nearest even, as on a GPU; the interpreter truncates
 tl.reduce    by halving whole arrays instead of element by element, adjacent pairs first
 tl.dot       one rounded multiply-add after another in ascending k; the interpreter calls a library, in its
              own order, and takes bf16 for integers
@@ -65,6 +65,8 @@ def _of_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     return of_tensors
 
 
+#: 8-bit floats are kept as bytes.
+_FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 _stock_convert_float = interpreter._convert_float
 
 
@@ -73,6 +75,9 @@ def _convert_float(x: np.ndarray, source: Any, target: Any, rounding_mode: Any) 
     if source == tl.float32 and target == tl.bfloat16:
         rounded = torch.from_numpy(np.ascontiguousarray(x)).view(torch.float32).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().view(np.uint16).reshape(x.shape)
+    if source == tl.float32 and target in _FP8:
+        rounded = torch.from_numpy(np.ascontiguousarray(x)).view(torch.float32).to(_FP8[target])
+        return rounded.view(torch.uint8).numpy().reshape(x.shape)
     if source == tl.bfloat16 and target == tl.float32:
         return x.view(np.uint16).astype(np.uint32) << 16
     return _stock_convert_float(x, source, target, rounding_mode)
@@ -94,9 +99,6 @@ def _reduce(self: interpreter.ReduceOps, operands: tuple[Any, ...]) -> list[tl.t
         rank = len(operands[0].shape) - 1
         totals = [np.expand_dims(t, axis if self.axis is not None else tuple(range(rank))) for t in totals]
     return [_block(np.asarray(t), scalar_type) for t, scalar_type in zip(totals, scalar_types, strict=True)]
-
-
-_FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 def _as_double(handle: Any) -> np.ndarray:

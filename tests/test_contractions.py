@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from accuracy import assert_accurate
 from tracing import computing_targets, traced
 
+from bi_inductor import inspect
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.passes import contractions
 from bi_inductor.passes.canonicalize import canonicalize
+from bi_inductor.passes.einsum import einsum
 
 
 def chain(*shapes):
@@ -91,6 +93,43 @@ def test_einsum_ignores_opt_einsum(monkeypatch):
     assert [math.prod(shape) for shape in products(stock)] == [8 * 3, 5 * 3]
     (ours,) = traced(three_factors, *inputs)
     assert [math.prod(shape) for shape in products(ours)] == [5 * 50, 5 * 3]
+
+
+EQUATIONS = {
+    "...i,ij->...j": [(2, 5, 8), (8, 3)],
+    "bhid,bhjd->bhij": [(2, 3, 5, 8), (2, 3, 4, 8)],
+    "bij,bjk": [(2, 5, 8), (2, 8, 3)],
+    "i,j->ji": [(5,), (8,)],
+    "bi,bi->bi": [(5, 8), (5, 8)],
+    "bik,bjk->ij": [(2, 5, 8), (2, 4, 8)],
+    "b...k,k...->...b": [(2, 4, 8), (8, 4)],
+    "...ik,...kj->...ij": [(2, 1, 5, 8), (3, 8, 4)],
+    "bij,k->bk": [(2, 5, 8), (3,)],
+    "bii,bi->b": [(2, 5, 5), (2, 5)],
+    "ab,bc,cd,de->ae": [(2, 3), (3, 4), (4, 5), (5, 6)],
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_einsum_is_einsum(equation):
+    operands = chain(*EQUATIONS[equation])
+    exact = torch.einsum(equation, *(x.double() for x in operands))
+    assert_accurate(einsum(equation, operands), exact)
+
+
+def test_a_batch_of_one_is_the_same_einsum():
+    """ATen's graph reads its operands through other views where a size is 1."""
+    made = [
+        inspect(
+            lambda x, w: torch.einsum("...i,ij->...j", x, w),
+            torch.randn(batch, 24, requires_grad=True),
+            torch.randn(24, 16),
+            target="cpu",
+            backward=True,
+        )
+        for batch in (1, 8)
+    ]
+    assert made[0].fingerprint == made[1].fingerprint
 
 
 def test_the_sublist_form_of_einsum_is_refused():

@@ -18,6 +18,7 @@ from torch.fx import Node
 from bi_inductor.certificate import source_line
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import composite
+from bi_inductor.passes.einsum import einsum
 from bi_inductor.passes.linear import linear
 from bi_inductor.passes.matmul import matmul
 from bi_inductor.passes.retarget import Retarget, argument
@@ -67,13 +68,13 @@ def _chain_matmul_arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def _einsum_arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Operands as one list, and no path: ATen contracts from left to right."""
+    """Operands as one list, and no path: they are contracted from left to right."""
     return (node.args[0], _operand_list(node.args[1:])), {}
 
 
-def _is_one_product(node: Node) -> bool:
-    """One or two operands: there is only one association."""
-    return isinstance(node.args[0], str) and len(_operand_list(node.args[1:])) <= 2
+def _is_no_product(node: Node) -> bool:
+    """One operand: nothing is multiplied."""
+    return isinstance(node.args[0], str) and len(_operand_list(node.args[1:])) < 2
 
 
 def _einsum_refusal(node: Node) -> BatchInvarianceError | None:
@@ -99,8 +100,8 @@ CONTRACTIONS = (
     Retarget(
         "einsum",
         frozenset({torch.functional.einsum}),
-        torch.ops.aten.einsum.default,
-        leave=_is_one_product,
+        einsum,
+        leave=_is_no_product,
         refuse=_einsum_refusal,
         arguments=_einsum_arguments,
     ),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner, StaticTritonCompileResult
+from triton.compiler import CompiledKernel
 from triton_lowering import kernel_sources, lower
 
 from bi_inductor import inspect
@@ -87,6 +89,36 @@ def test_each_launch_runs_the_tile_of_its_sizes(kernel):
     assert launched == [kernel.choice(m, 4096, 1)[0] for m in sizes]
     assert len(set(launched)) >= 5 and 0 in launched
     assert choice.call_count == len(set(sizes))  # known sizes are looked up
+
+
+def test_a_launch_compiles_its_tile_and_has_its_grid():
+    """With the launchers that a GPU would be launched by, up to the call of the driver."""
+    kernel, launched = only_kernel_object(dynamic_module(rows(300))), []
+
+    class Driver:
+        """In the place of a compiled kernel's ``run``."""
+
+        def __get__(self, kernel: CompiledKernel, owner: type) -> Callable[..., None]:
+            return lambda *args: launched.append((args[0], kernel.metadata.num_warps, kernel.asm["ptx"]))
+
+    with (
+        virtual_gpu() as device,
+        mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),
+        mock.patch.object(CompiledKernel, "run", Driver()),
+        mock.patch.object(StaticTritonCompileResult, "can_statically_launch", staticmethod(lambda *_: None)),
+    ):
+        kernel.device_props = kernel.device_props._replace(cc=device.arch, major=device.major)
+        for m in (2, 300, 4096, 300):
+            kernel.run("a", "b", "out", m, m, 4096, 1, stream=0)
+    assert [grid for grid, _, _ in launched] == [
+        64,
+        5 * 22,
+        132,
+        5 * 22,
+    ]  # 64 columns; 64x192; one for each SM
+    assert [warps for _, warps, _ in launched] == [4, 4, 8, 4]
+    assert ["cp.async.bulk.tensor" in ptx for _, _, ptx in launched] == [False, False, True, False]
+    assert len(kernel._by_tile) == 2  # the first tile is the kernel's own
 
 
 def test_the_first_tile_is_the_one_of_the_hint():

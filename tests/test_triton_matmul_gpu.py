@@ -84,9 +84,37 @@ def test_every_tile_gives_the_same_bits(dtype, k):
     x, weight = randn(200, k, dtype=dtype), randn(300, k, dtype=dtype)
     reference = compiled(linear, dynamic=False)(x, weight)
     with torch._inductor.config.patch(force_disable_caches=True):
-        for tile in candidates(str(dtype).removeprefix("torch."), 10 * major + minor):
+        name = str(dtype).removeprefix("torch.")
+        for tile in candidates(name, 10 * major + minor, tma=True, wide=True):
             with forced_tile(tile):
                 assert same_bits(compiled(linear, dynamic=False)(x, weight), reference), tile
+
+
+#: Around the borders between tiles, and sizes at which persistent TMA tiles run.
+BORDERS = (1, 16, 17, 32, 33, 64, 65, 127, 128, 129, 255, 256, 257, 2048, 4096)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_a_dynamic_graph_has_the_bits_of_static_ones_at_every_border(mode):
+    x, weight = randn(4096, 1024, dtype=torch.bfloat16), randn(4096, 1024, dtype=torch.bfloat16)
+    whole = compiled(linear, dynamic=False)(x, weight)
+    product = compiled(linear, dynamic=True, mode=mode)
+    for m in BORDERS:
+        assert same_bits(product(x[:m], weight), whole[:m]), m
+
+
+def test_a_size_seen_first_in_a_capture():
+    """A launch inside a CUDA graph's capture may be the first with its tile."""
+    x, weight = randn(4096, 1024, dtype=torch.bfloat16), randn(4096, 1024, dtype=torch.bfloat16)
+    product = compiled(linear, dynamic=True)
+    whole = product(x[:300], weight)
+    for m in (20, 3000):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = product(x[:m], weight)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(captured[:20], whole[:20]), m
 
 
 def test_tf32_tiles_agree_and_differ_from_ieee():

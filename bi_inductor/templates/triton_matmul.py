@@ -54,7 +54,7 @@ def output_sizes(*sizes_and_meta: Any) -> tuple[Any, Any, Any]:
     return (m, n, batch[0] if batch else 1)
 
 
-class WideIndexKernel(TritonTemplateKernel):
+class ChainMatmulKernel(TritonTemplateKernel):
     """The stock template kernel, except that run-time sizes are int64 whenever addresses are (2.11: not)."""
 
     @property
@@ -63,7 +63,7 @@ class WideIndexKernel(TritonTemplateKernel):
         return "tl.int64" if is_wide else super().index_dtype
 
 
-class ManyTilesKernel(WideIndexKernel):
+class ManyTilesKernel(ChainMatmulKernel):
     """A kernel whose tile's constants are its last parameters, so that one source serves all tiles."""
 
     @classmethod
@@ -85,7 +85,7 @@ class ManyTilesKernel(WideIndexKernel):
 class ChainMatmulTemplate(TritonTemplate):
     """A kernel with one tile."""
 
-    kernel_type = WideIndexKernel
+    kernel_type = ChainMatmulKernel
 
 
 class ManyTilesTemplate(TritonTemplate):

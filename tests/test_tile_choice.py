@@ -93,7 +93,7 @@ def test_each_launch_runs_the_tile_of_its_sizes(kernel):
 
 def test_a_launch_compiles_its_tile_and_has_its_grid():
     """With the launchers that a GPU would be launched by, up to the call of the driver."""
-    kernel, launched = only_kernel_object(dynamic_module(rows(300))), []
+    kernel, launched = copy.copy(only_kernel_object(dynamic_module(rows(300)))), []
 
     class Driver:
         """In the place of a compiled kernel's ``run``."""

@@ -21,8 +21,10 @@ _PUBLIC = {
     "certificates": "certificate",
     "certify": "certification",
     "compare": "comparison",
+    "compile_offline": "offline",
     "inspect": "inspection",
     "reveal_order": "orders",
+    "run_in_interpreter": "interpreter",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -34,6 +34,11 @@ def attest(graph: BatchInvariantGraphLowering, source: str) -> Certificate:
         target=target_of(graph),
         environment=_environment(graph),
         floats=tuple(sorted(example.floats.items())),
+        symbols=tuple(
+            (str(symbol), int(value))
+            for symbol, value in graph.sizevars.shape_env.backed_var_to_val.items()
+            if value.is_Integer
+        ),
         guards=tuple(dict.fromkeys(str(guard.expr) for guard in graph.sizevars.shape_env.guards)),
         is_backward=bool(graph.is_backward),
     )

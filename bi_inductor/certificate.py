@@ -111,7 +111,7 @@ class Certificate:
     ``inputs``: names of its tensor inputs, in the order in which the function first uses them. ``outputs``: of what it
     returns to the user (of a backward graph, all). ``floats``: inputs that hold one Python float, with the values of
     the example; the entries have these as constants. ``guards``: conditions on the symbols of a dynamic graph, without
-    which another graph would be compiled. ``target``: "cpu" or "cuda".
+    which another graph would be compiled; ``symbols``: their values in the example. ``target``: "cpu" or "cuda".
     """
 
     entries: tuple[Entry, ...]
@@ -123,6 +123,7 @@ class Certificate:
     is_backward: bool = False
     floats: tuple[tuple[str, float], ...] = ()
     guards: tuple[str, ...] = ()
+    symbols: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:

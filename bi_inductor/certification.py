@@ -10,8 +10,9 @@ from typing import Any
 
 from . import certificate as certificate_of
 from . import numerics
-from .certificate import SCHEMA_VERSION, Certificate, Entry
+from .certificate import SCHEMA_VERSION, Certificate, Entry, Level
 from .dry_run import DryRun, SpecializedBatchError
+from .errors import BatchInvarianceError, OptionError
 from .numerics import Comparison
 
 ROW_MIXING = "ROW-MIXING"
@@ -128,13 +129,14 @@ def certify(
     Code is generated for ``target`` ("cpu" or a GPU, which need not exist), read by the verifier, and not run. With a
     ``batch_dim``, that dimension of every tensor argument that has the size of the first one's there is the batch;
     the function is compiled once more with its size as a symbol, and forms that hold the symbol are ROW-MIXING.
+    ``ir``: also rebuild the orders from the compiler's IR (GPU targets; needs numpy; seconds to minutes).
     Other arguments as for ``inspect``. Raises what ``inspect`` raises.
 
     >>> trained, served = certify(model, x, backward=True), certify(model, x)
     >>> assert trained.same_numerics(served)
     """
     run = DryRun(target, bool(dynamic), options, backward)
-    made = _certificates(run, fn, args, kwargs)
+    made = _certificates(run, fn, args, kwargs, ir=ir)
     if batch_dim is None:
         return Certification(target, made)
     size = dataclasses.replace(run, batch_dim=batch_dim).batch_size(args, kwargs)
@@ -149,12 +151,49 @@ def certify(
 
 
 def _certificates(
-    run: DryRun, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    run: DryRun, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, ir: bool = False
 ) -> tuple[Certificate, ...]:
+    if ir and run.target == "cpu":
+        raise OptionError("orders are rebuilt from Triton's IR: give a GPU as the target")
     sources, _ = run(fn, args, kwargs)
     if not sources:
         raise ValueError(f"{fn} was not compiled at all: Dynamo skips such functions and runs them eagerly")
-    return tuple(made for made in map(certificate_of.extract, sources) if made is not None)
+    made = [(source, certificate_of.extract(source)) for source in sources]
+    return tuple(
+        _with_ir(source, each, run.target) if ir else each for source, each in made if each is not None
+    )
+
+
+def _with_ir(source: str, made: Certificate, target: str) -> Certificate:
+    """``made`` with the level of those ops whose orders were rebuilt from the IR of every kernel they are in."""
+    from .ir import lengths_of, prove
+
+    if "UNPROVEN" in made.counts:
+        return made
+    proof = prove(source, made, target)
+    if proof.wrong:
+        raise BatchInvarianceError(
+            f"the compiled kernels of this graph for {target}",
+            f"their IR has {proof.wrong[0]}"
+            + (f" (and {len(proof.wrong) - 1} more)" if proof.wrong[1:] else ""),
+            "please report the graph: this is a bug of batchinv or of Triton",
+        )
+    unknown = {op for kernel in made.kernels if kernel.name in proof.unknown for op in kernel.ops}
+
+    def is_rebuilt(entry: Entry) -> bool:
+        lengths = lengths_of([entry]) if entry.form else set()
+        return bool(lengths) and lengths <= proof.proven and entry.name not in unknown
+
+    entries = tuple(
+        dataclasses.replace(entry, level=Level.IR.value) if is_rebuilt(entry) else entry
+        for entry in made.entries
+    )
+    rebuilt = {entry.name for entry in entries if entry.level == Level.IR.value}
+    kernels = tuple(
+        dataclasses.replace(kernel, level=Level.IR.value) if rebuilt & set(kernel.ops) else kernel
+        for kernel in made.kernels
+    )
+    return dataclasses.replace(made, entries=entries, kernels=kernels)
 
 
 def _compare_with_symbol(

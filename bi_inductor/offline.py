@@ -70,14 +70,14 @@ def compile_offline(
     with virtual_gpu(target) as device:
         compiled = []
         for name, source in kernels.items():
-            autotuner = _load(source, name.split("#")[0])
+            autotuner = load_kernel(source, name.split("#")[0])
             autotuner.device_props = autotuner.device_props._replace(cc=device.arch, major=device.major)
             configs = _configs(autotuner) if every_config else autotuner.configs[:1]
             compiled += [_compile(autotuner, config, name, target) for config in configs]
         return compiled
 
 
-def _load(source: str, name: str) -> Any:
+def load_kernel(source: str, name: str) -> Any:
     """The CachingAutotuner that the source of one kernel defines; nothing is compiled yet."""
     from torch._inductor.codecache import PyCodeCache
 

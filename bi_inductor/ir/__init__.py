@@ -1,0 +1,116 @@
+"""Orders rebuilt from the compiler's IR: the additions behind every element that a graph returns, as Triton made them.
+
+    lowering    emitted kernels to TTIR, in every configuration that may be chosen; no GPU is needed
+    text        TTIR as blocks of operations
+    execution   one program on terms: addresses are numbers, values are what they were computed from
+    module      the generated wrapper run on buffers of terms, kernel after kernel, over the whole grid
+    orders      sums and chains of dots in the terms, compared with the canonical forms
+
+What is shown holds for TTIR at the sizes of the example: which values each addition adds, in which chain ``tt.dot``
+stands, and that k ascends. Below TTIR the order is Triton's to keep: a two-element sum has only one, and a dot walks k
+upwards in the steps of the hardware, which ``doctor`` measures on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import torch
+
+from ..certificate import Certificate, Entry
+from ..errors import MissingDependencyError
+from ..inspection import kernel_definitions
+from ..verifier.lengths import Forms, constant, is_constant, values_of
+from ..virtual import virtual_gpu
+
+_SIGNATURE = re.compile(r"^ *(.+?),? = args$", re.MULTILINE)
+_ASSERTED = re.compile(r"assert_size_stride\((\w+), (\([^)]*\)), (\([^)]*\))")
+_SIZE = re.compile(r"^ *(s\d+) = (\w+)$", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the IR of one graph shows.
+
+    ``proven``: (combine or "chain", length) of the forms that were found, in every configuration. ``wrong``: sums in
+    no form's order. ``unknown``: kernel -> why it was not followed. ``configurations``: kernel -> those it ran in.
+    """
+
+    proven: frozenset[tuple[str, int]]
+    wrong: tuple[str, ...]
+    unknown: dict[str, str]
+    configurations: dict[str, tuple[str, ...]]
+
+
+def prove(source: str, certificate: Certificate, target: str) -> Proof:
+    """Rebuild the orders of a generated module for a GPU ``target`` from its TTIR and compare them with its forms.
+
+    A dynamic graph is taken at the sizes of its example. Raises MissingDependencyError without numpy or triton,
+    ValueError for a module whose inputs' sizes cannot be read.
+    """
+    try:
+        from .lowering import Lowering
+        from .module import ModuleRun
+        from .orders import Orders
+    except ImportError as error:
+        raise MissingDependencyError("orders in IR need numpy: pip install numpy") from error
+
+    kernels = kernel_definitions(source)
+    inputs, forms = _inputs(source, dict(certificate.symbols)), lengths_of(certificate.entries)
+    cache: dict[str, Lowering] = {}
+    proven: set[tuple[str, int]] | None = None
+    wrong: list[str] = []
+    unknown: dict[str, str] = {}
+    used: dict[str, list[str]] = {}
+    with virtual_gpu(target) as device:
+        number = 0
+        while number == 0 or number < max((len(lowering.configs) for lowering in cache.values()), default=0):
+            run = ModuleRun(source, device, kernels, cache)
+            outputs = run.run(inputs, number)
+            found = Orders(run.terms, forms).look(int(k) for output in outputs for k in set(output.tolist()))
+            proven = found.proven if proven is None else proven & found.proven
+            wrong += [f"{what} (configuration {number})" for what in found.wrong if not run.unknown]
+            unknown.update(run.unknown)
+            for name, configuration in run.used.items():
+                used.setdefault(name, []).append(configuration)
+            number += 1
+    shown = {name: tuple(dict.fromkeys(configurations)) for name, configurations in used.items()}
+    return Proof(frozenset(proven or ()), tuple(dict.fromkeys(wrong)), unknown, shown)
+
+
+def lengths_of(entries: Iterable[Entry]) -> set[tuple[str, int]]:
+    """(combine or "chain", length in the example) of the ordered forms among ``entries``."""
+    numbers = [dataclasses.replace(entry, form=entry.example or entry.form) for entry in entries]
+    forms = Forms(numbers)
+    lengths = forms.trees | {("chain", length) for _, length in forms.chains}
+    return {(kind, length[0]) for kind, length in lengths if is_constant(length)}
+
+
+def _inputs(source: str, symbols: dict[str, int]) -> list[object]:
+    """Stand-ins for the inputs of the module: tensors with the sizes and strides that it asserts, and sizes."""
+    names = [name.strip() for name in _SIGNATURE.findall(source)[-1].split(",")]
+    sizes = {name: symbols[symbol] for symbol, name in _SIZE.findall(source) if symbol in symbols}
+    shapes = {name: (size, stride) for name, size, stride in _ASSERTED.findall(source)}
+    missing = [name for name in names if name not in sizes and name not in shapes]
+    if missing:
+        raise ValueError(f"the module does not say what sizes {', '.join(missing)} have")
+    return [
+        sizes[name]
+        if name in sizes
+        else torch.empty_strided(*(_numbers(text, symbols) for text in shapes[name]), device="meta")
+        for name in names
+    ]
+
+
+def _numbers(text: str, symbols: dict[str, int]) -> tuple[int, ...]:
+    """``(8, 64*s77)`` with the symbols' values."""
+    parts = [part for part in text.strip("()").split(", ") if part.strip(", ")]
+    numbers = [
+        values_of(part.strip(","), {name: constant(value) for name, value in symbols.items()})
+        for part in parts
+    ]
+    if any(number is None for number in numbers):
+        raise ValueError(f"cannot read the sizes {text}")
+    return tuple(number[0] for number in numbers if number is not None)

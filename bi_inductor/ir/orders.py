@@ -1,0 +1,248 @@
+"""Sums found in terms: each addition tree and each chain of dots, compared with the canonical forms of a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..sum_tree import SumTree, contract_tree
+from .terms import ADD, CONSTANT, DOT, INPUT, MULTIPLY, PAIR, Terms
+
+#: A combine's name in forms -> (as an operation, as a two-element reduction, what changes nothing).
+_COMBINES = {"sum": (ADD, PAIR + ADD, ("0.0", "-0.0")), "prod": (MULTIPLY, PAIR + MULTIPLY, ("1.0",))}
+
+
+@dataclasses.dataclass
+class Found:
+    """What was found: sums and products that have a form's order, as (combine or "chain", length), and what has not."""
+
+    proven: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+
+class Orders:
+    """Looks through the terms behind ``roots``. ``forms``: (combine or "chain", length) of the graph."""
+
+    def __init__(self, terms: Terms, forms: set[tuple[str, int]]) -> None:
+        self.nodes, self.forms = terms.nodes, forms
+        self.found = Found()
+        self._kinds: dict[int, str | None] = {}
+        self._seen: set[int] = set()
+        self._addresses: dict[int, tuple[tuple[Any, int], ...]] = {}
+
+    def look(self, roots: Iterable[int]) -> Found:
+        """Walk from ``roots`` down; a sum is looked at as a whole, and then its terms are walked."""
+        pending = list(dict.fromkeys(roots))
+        while pending:
+            number = pending.pop()
+            if number in self._seen:
+                continue
+            self._seen.add(number)
+            pending += self._below(number)
+        return self.found
+
+    def _below(self, number: int) -> Sequence[int]:
+        node = self.nodes[number]
+        if node[0] in (INPUT, CONSTANT, "unknown", "undefined"):
+            return ()
+        if node[0].startswith(DOT):
+            return self._look_at_chain(number)
+        kind = self._kind(number)
+        if kind is not None:
+            return self._look_at_sum(number, kind)
+        if node[0].startswith("reduce:") and (ADD in node[0] or MULTIPLY in node[0]):
+            self.found.wrong.append(f"{len(node) - 1} values reduced at once, in the compiler's order")
+        return node[1:]
+
+    # Trees.
+
+    def _kind(self, number: int) -> str | None:
+        """ "sum" or "prod" if the term is made by ordered pairs, or adds such terms."""
+        if number in self._kinds:
+            return self._kinds[number]
+        for combine, (plain, pair, neutral) in _COMBINES.items():
+            stack = [number]
+            while stack:  # children before parents; sums are deep where a stack is folded
+                top = stack[-1]
+                node = self.nodes[top]
+                if top in self._kinds and self._kinds[top] is not None:
+                    stack.pop()
+                    continue
+                if node[0] == pair:
+                    self._kinds[top] = combine
+                    stack.pop()
+                elif node[0] == plain and len(node) == 3:
+                    below = [k for k in node[1:] if not self._is_neutral(k, neutral)]
+                    unknown = [k for k in below if k not in self._kinds]
+                    if unknown:
+                        stack += unknown
+                        continue
+                    kinds = {self._kinds[k] for k in below}
+                    self._kinds[top] = combine if kinds == {combine} else None
+                    stack.pop()
+                else:
+                    self._kinds.setdefault(top, None)
+                    stack.pop()
+            if self._kinds.get(number) is not None:
+                return self._kinds[number]
+            if self.nodes[number][0] in (plain, pair):
+                break
+        return self._kinds.get(number)
+
+    def _is_neutral(self, number: int, neutral: tuple[str, ...]) -> bool:
+        node = self.nodes[number]
+        return node[0] == CONSTANT and node[1] in neutral
+
+    def _is_finished(self, number: int, plain: str, neutral: tuple[str, ...]) -> bool:
+        node = self.nodes[number]
+        return node[0] == plain and any(self._is_neutral(k, neutral) for k in node[1:])
+
+    def _look_at_sum(self, number: int, combine: str) -> Sequence[int]:
+        """A sum in chunks has partial sums as terms of its last tree; a sum of sums has finished ones (``+ 0.0``).
+
+        A partial sum of one looped block looks finished too, so both readings are tried.
+        """
+        terms = 0
+        for through_finished in (True, False):
+            leaves, tree = self._tree(number, combine, through_finished)
+            if tree is None:  # one term and zeros
+                return leaves
+            terms = tree.terms
+            if (
+                (combine, tree.terms) in self.forms
+                and tree == contract_tree(tree.terms)
+                and self._ascend(leaves)
+            ):
+                self.found.proven.add((combine, tree.terms))
+                return leaves
+        if self.nodes[number][0] == _COMBINES[combine][0]:  # an op of the graph may add two sums
+            return self.nodes[number][1:]
+        what = "in the order of a form" if (combine, terms) in self.forms else "of a form's length"
+        self.found.wrong.append(f"a {combine} of {terms} terms, not {what}")
+        return leaves
+
+    def _tree(self, number: int, combine: str, through_finished: bool) -> tuple[list[int], SumTree | None]:
+        """Terms of a sum from left to right, and its order; what changes nothing is left out."""
+        plain, pair, neutral = _COMBINES[combine]
+        leaves: list[int] = []
+        ends: set[int] = set()
+        nodes: list[tuple[int, ...]] = []
+        results: list[int | None] = []  # positions, made final when the number of leaves is known
+        pending: list[tuple[int, bool]] = [(number, False)]
+        while pending:
+            at, done = pending.pop()
+            node = self.nodes[at]
+            if done:
+                right, left = results.pop(), results.pop()
+                if left is None or right is None:
+                    results.append(right if left is None else left)
+                else:
+                    nodes.append((left, right))
+                    results.append(-len(nodes))
+            elif at not in ends and (node[0] == pair or (node[0] == plain and self._kind(at) == combine)):
+                below = [(k, False) for k in (node[2], node[1])]
+                if node[0] == pair and not through_finished:
+                    for k in (node[1], node[2]):
+                        if self._is_finished(k, plain, neutral):
+                            ends.add(k)
+                pending += [(at, True), *below]
+            elif self._is_neutral(at, neutral):
+                results.append(None)
+            else:
+                results.append(len(leaves))
+                leaves.append(at)
+        if len(leaves) < 2:
+            return leaves, None
+        terms = len(leaves)
+        final = tuple(tuple(k if k >= 0 else terms - 1 - k for k in children) for children in nodes)
+        return leaves, SumTree(terms, final)
+
+    # Chains.
+
+    def _look_at_chain(self, number: int) -> Sequence[int]:
+        pairs: list[tuple[int, int]] = []
+        at, steps = number, []
+        while self.nodes[at][0].startswith(DOT):
+            steps.append(self.nodes[at])
+            at = self.nodes[at][1]
+        for step in reversed(steps):
+            pairs += zip(self.nodes[step[2]][1:], self.nodes[step[3]][1:], strict=True)
+        while pairs and all(self._is_neutral(k, ("0.0",)) for k in pairs[-1]):
+            pairs.pop()
+        left, right = [a for a, _ in pairs], [b for _, b in pairs]
+        starts_at_zero = self._is_neutral(at, ("0.0",))
+        one_kind = len({step[0] for step in steps}) == 1
+        if (
+            starts_at_zero
+            and one_kind
+            and ("chain", len(pairs)) in self.forms
+            and self._ascend(left)
+            and self._ascend(right)
+        ):
+            self.found.proven.add(("chain", len(pairs)))
+        else:
+            start = "" if starts_at_zero else ", which does not start at 0"
+            self.found.wrong.append(
+                f"a chain of {len(pairs)} products{start}, not a form's, or not ascending"
+            )
+        return [at, *left, *right]
+
+    # The order of the terms of a sum.
+
+    def _ascend(self, leaves: list[int]) -> bool:
+        """True if some buffer is read once by every term, at addresses that count up, in one loop or nested ones."""
+        reads = [dict(self._reads(leaf)) for leaf in leaves]
+        shared = set(reads[0]).intersection(*reads[1:])
+        return any(_counts_up([read[buffer] for read in reads]) for buffer in shared)
+
+    def _reads(self, number: int) -> tuple[tuple[Any, int], ...]:
+        """(buffer, address) of what a term reads itself, not through a sum. Of a buffer read twice nothing is said.
+
+        A product of matrices stands for the first elements of its row and its column.
+        """
+        if number in self._addresses:
+            return self._addresses[number]
+        found: dict[Any, set[int]] = {}
+        pending, seen = [number], {number}
+        while pending:
+            node = self.nodes[pending.pop()]
+            if node[0] in (INPUT, "unknown"):
+                found.setdefault(node[:-1], set()).add(node[-1])
+            elif node[0].startswith(DOT):
+                for side, vector in (("row", node[2]), ("column", node[3])):
+                    for buffer, at in self._reads(self.nodes[vector][1]):
+                        found.setdefault((side, buffer), set()).add(at)
+            elif node[0].startswith(PAIR):  # a sum stands for its first term
+                for buffer, at in self._reads(node[1]):
+                    found.setdefault(("sum", buffer), set()).add(at)
+            elif node[0] != CONSTANT and not node[0].startswith("reduce:"):
+                new = [k for k in node[1:] if k not in seen]
+                seen.update(new)
+                pending += new
+        self._addresses[number] = reads = tuple(
+            (buffer, min(at)) for buffer, at in found.items() if len(at) == 1
+        )
+        return reads
+
+
+def _counts_up(addresses: list[int]) -> bool:
+    """True for 0, s, 2 s, ... and for blocks of such, whose beginnings count up in the same way."""
+    if len(addresses) < 2:
+        return True
+    step = addresses[1] - addresses[0]
+    if step <= 0:
+        return False
+    length = next(
+        (k for k in range(1, len(addresses)) if addresses[k] - addresses[k - 1] != step), len(addresses)
+    )
+    if length == len(addresses):
+        return True
+    if len(addresses) % length:
+        return False
+    first = [address - addresses[0] for address in addresses[:length]]
+    starts = addresses[::length]
+    blocks = all(
+        [a - s for a in addresses[k * length : (k + 1) * length]] == first for k, s in enumerate(starts)
+    )
+    return blocks and _counts_up(starts)

@@ -13,8 +13,6 @@ from bi_inductor.inspection import kernel_definitions
 from bi_inductor.ir import prove
 from bi_inductor.ir.orders import _counts_up
 from bi_inductor.ir.text import UnreadableError, parse
-from bi_inductor.templates import triton_matmul
-from bi_inductor.templates.tile_table import candidates
 
 R = torch.randn
 WEIGHT = R(64, 32)
@@ -63,16 +61,17 @@ def test_every_tile_of_rows_was_followed():
     assert {re.search(r"XBLOCK: (\d+)", shown)[1] for shown in configurations} == {"1", "2", "4", "8", "16"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_tile_of_a_product_is_the_chain(dtype, monkeypatch):
-    a, b = R(17, 200).to(dtype), R(200, 24).to(dtype)
-    for tile in candidates(str(dtype).removeprefix("torch."), 90):
-        monkeypatch.setattr(triton_matmul, "tile_for", lambda *args, tile=tile, **kwargs: tile)
-        torch._dynamo.reset()
-        (graph,) = inspect(torch.matmul, a, b).graphs
-        assert f"BLOCK_M : tl.constexpr = {tile.block_m}\n" in graph.source
-        proof = prove(graph.source, graph.certificate, "sm_90")
-        assert proof.proven == {("chain", 200)} and not proof.wrong and not proof.unknown
+def test_every_tile_of_a_product_is_the_chain():
+    """A dynamic graph holds all tiles that a launch may choose: swapped, by TMA, with extra columns."""
+    a, b = R(37, 256).bfloat16(), R(256, 64).bfloat16()
+    torch._dynamo.mark_dynamic(a, 0)
+    (graph,) = inspect(torch.matmul, a, b, dynamic=None).graphs
+    proof = prove(graph.source, graph.certificate, "sm_90")
+    assert proof.proven == {("chain", 256)} and not proof.wrong and not proof.unknown
+    (configurations,) = proof.configurations.values()
+    assert len(configurations) >= 8
+    for kind in ("SWAP: True", "SWAP: False", "TMA: True", "EXTRA_N: 16"):
+        assert any(kind in shown for shown in configurations)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])

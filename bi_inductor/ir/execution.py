@@ -30,6 +30,24 @@ class Pointer:
 
 
 @dataclasses.dataclass
+class Descriptor:
+    """A tensor in memory that is loaded block by block; what lies outside its shape is 0."""
+
+    base: Pointer
+    shape: list[int]
+    strides: list[int]
+
+    def addresses(self, starts: list[int], block: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets, whether they are inside) of the block that starts at ``starts``."""
+        offsets, inside = np.asarray(self.base.offsets), np.asarray(True)
+        for axis, (start, extent) in enumerate(zip(starts, block, strict=True)):
+            index = (start + np.arange(extent)).reshape([-1 if d == axis else 1 for d in range(len(block))])
+            offsets = offsets + index * self.strides[axis]
+            inside = inside & (index >= 0) & (index < self.shape[axis])
+        return np.broadcast_to(offsets, block), np.broadcast_to(inside, block)
+
+
+@dataclasses.dataclass
 class Term:
     """An array of numbers of terms, told apart from an array of known integers."""
 
@@ -68,8 +86,10 @@ _NOTHING = frozenset("tt.return scf.yield gpu.barrier llvm.intr.assume tt.assert
 class Program:
     """The execution of one block of operations with the values that are known so far."""
 
-    def __init__(self, terms: Terms, program_id: tuple[int, int, int]) -> None:
-        self.terms, self.program_id = terms, program_id
+    def __init__(
+        self, terms: Terms, program_id: tuple[int, int, int], grid: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
+        self.terms, self.program_id, self.grid = terms, program_id, grid
         self.values: dict[str, Any] = {}
 
     def run(self, block: Block) -> list[Any]:
@@ -151,6 +171,9 @@ class Program:
 
     def _tt_get_program_id(self, op: Operation) -> list[Any]:
         return [np.int64(self.program_id["xyz".index(op.text.split()[1])])]
+
+    def _tt_get_num_programs(self, op: Operation) -> list[Any]:
+        return [np.int64(self.grid["xyz".index(op.text.split()[1])])]
 
     def _tt_make_range(self, op: Operation) -> list[Any]:
         start, end = (int(re.search(rf"{name} = (\d+)", op.text)[1]) for name in ("start", "end"))  # type: ignore
@@ -235,6 +258,25 @@ class Program:
         pointer.memory[pointer.offsets[inside]] = values[inside]
         return []
 
+    def _tt_make_tensor_descriptor(self, op: Operation) -> list[Any]:
+        pointer, *sizes = (self.values[name] for name in op.operands)
+        numbers = [int(size) for size in sizes]
+        rank = len(numbers) // 2
+        return [Descriptor(pointer, numbers[:rank], numbers[rank:])]
+
+    def _tt_descriptor_load(self, op: Operation) -> list[Any]:
+        descriptor, *starts = (self.values[name] for name in op.operands)
+        offsets, inside = descriptor.addresses([int(start) for start in starts], op.shape)
+        loaded = descriptor.base.memory[np.where(inside, offsets, 0)]
+        return [Term(np.where(inside, loaded, self.terms.constant(0.0)))]
+
+    def _tt_descriptor_store(self, op: Operation) -> list[Any]:
+        descriptor, *starts, value = (self.values[name] for name in op.operands)
+        values = self.numbers(value)
+        offsets, inside = descriptor.addresses([int(start) for start in starts], values.shape)
+        descriptor.base.memory[offsets[inside]] = values[inside]
+        return []
+
     # Sums.
 
     def _tt_reduce(self, op: Operation) -> list[Any]:
@@ -249,7 +291,7 @@ class Program:
         return [Term(self.terms.each(f"reduce:{names}:{k}", *columns)) for k in range(len(op.results))]
 
     def _pairs(self, body: Block, operands: list[np.ndarray]) -> list[Any]:
-        inner = Program(self.terms, self.program_id)
+        inner = Program(self.terms, self.program_id, self.grid)
         inner.values = dict(self.values)
         halves = [Term(x[..., side]) for side in (0, 1) for x in operands]
         inner.values.update(zip(body.arguments, halves, strict=True))

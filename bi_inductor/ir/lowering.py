@@ -46,7 +46,12 @@ class Lowering:
         self._made: dict[int, LoweredKernel] = {}
 
     def _all_configs(self) -> list[Any]:
-        """The configurations of the heuristic and, of a reduction, every tile that a number of rows would choose."""
+        """The configurations of the heuristic, or every tile that a launch may choose."""
+        choice = getattr(
+            self.autotuner, "choice", None
+        )  # a matrix product with several tiles: runtime/tiles.py
+        if choice is not None:
+            return list(choice.configs)
         own = list(self.autotuner.configs)
         hints = self.autotuner.size_hints or {}
         kind = str(self.autotuner.heuristic_type).rpartition(".")[2]

@@ -86,7 +86,7 @@ class ModuleRun:
             for parameter, name in zip(block.arguments, lowered.arguments, strict=True)
         }
         for program_id in programs:
-            program = Program(self.terms, program_id)
+            program = Program(self.terms, program_id, grid)
             program.values = dict(values)
             program.run(block)
 

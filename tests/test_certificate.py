@@ -263,7 +263,7 @@ def test_a_llama_has_one_digest_at_every_batch_static_and_dynamic():
     jsonschema.validate(json.loads(made.to_json()), SCHEMA)
     (first,) = made.certificates
     assert set(first.counts) == {"CANONICAL", "INVARIANT"}
-    assert first.levels["verified in source"] >= 14
+    assert first.levels["verified in source"] >= 12
     others = [certificate(model, tokens[batch]) for batch in (1, 7, 4096)]
     others.append(certificate(model, tokens[64], dynamic=True))
     assert {other.digest for other in others} == {first.digest}

@@ -33,9 +33,9 @@ CASES = {
         lambda x: torch.softmax(F.rms_norm(x, (64,)) @ WEIGHT, -1), (R(5, 64),), {},
         {("chain", 64), ("sum", 32), ("sum", 64)},
     ),
-    "attention": (
-        F.scaled_dot_product_attention, (R(1, 2, 9, 16), R(1, 2, 20, 16), R(1, 2, 20, 16)), {},
-        {("chain", 16), ("chain", 20), ("sum", 20)},
+    "attention in ordinary ops": (
+        lambda q, k, v: torch.softmax(q @ k.transpose(1, 2), -1) @ v,
+        (R(2, 9, 16), R(2, 20, 16), R(2, 20, 16)), {}, {("chain", 16), ("chain", 20), ("sum", 20)},
     ),
 }  # fmt: skip
 
@@ -122,6 +122,12 @@ def test_what_is_not_followed_is_named():
     (graph,) = inspect(lambda x, i: x[i].sum(-1), R(8, 64), torch.tensor([1, 2])).graphs
     proof = prove(graph.source, graph.certificate, "sm_90")
     assert list(proof.unknown.values()) == ["an address that was loaded"] and not proof.proven
+    torch._dynamo.reset()
+    made = certify(
+        F.scaled_dot_product_attention, *(R(1, 2, 20, 16) for _ in range(3)), ir=True, batch_dim=None
+    )
+    (attention,) = [entry for entry in made.certificates[0].entries if entry.form.startswith("Attention")]
+    assert attention.level == Level.SOURCE.value
     with pytest.raises(UnreadableError, match="no public function"):
         parse("module { }")
 

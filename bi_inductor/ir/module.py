@@ -30,13 +30,19 @@ _MOST_ELEMENTS = 1 << 22
 class ModuleRun:
     """One execution of a module with configuration ``number`` of each kernel.
 
-    ``outputs``: terms of what the graph returns. ``unknown``: kernel -> why it was not followed. ``used``: kernel ->
-    the configurations it ran in.
+    ``left_out``: kernels that are not to be followed, and why. ``unknown``: kernel -> why it was not followed.
+    ``used``: kernel -> the configuration it ran in.
     """
 
     def __init__(
-        self, source: str, device: VirtualDevice, kernels: dict[str, str], cache: dict[str, Lowering]
-    ):
+        self,
+        source: str,
+        device: VirtualDevice,
+        kernels: dict[str, str],
+        cache: dict[str, Lowering],
+        left_out: dict[str, str],
+    ) -> None:
+        self.left_out = left_out
         self.source, self.device, self.kernels, self.cache = source, device, kernels, cache
         self.terms = Terms()
         self.unknown: dict[str, str] = {}
@@ -66,6 +72,8 @@ class ModuleRun:
             self.cache[name] = Lowering(self.kernels[name], name, self.device)
         lowering = self.cache[name]
         try:
+            if name in self.left_out:
+                raise UnsupportedError(self.left_out[name])
             lowered = lowering.lowered(self.number)
             self.used[name] = lowered.shown
             self._execute(lowering, lowered, args, kwargs)

@@ -118,7 +118,8 @@ class _Graph:
             for sizes in one.others:
                 kernel.set_constants(sizes)
                 self._check_lengths(kernel, definition, wrapper)
-        retraced = frozenset.intersection(*(frozenset(k.sums.retraced | k.product.retraced) for k in kernels))
+        followed = [k.sums.retraced | k.product.retraced | k.attention.retraced for k in kernels]
+        retraced = frozenset.intersection(*map(frozenset, followed))
         self.examined.append(
             ExaminedKernel(definition.name, definition.text, True, definition.nodes, retraced)
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from .lengths import Forms, Names, is_constant
+from .lengths import Forms, Names, Values, is_constant
 from .syntax import KernelSyntax, assigned, dotted
 
 #: A size or a stride: arithmetic on integers and arguments of the kernel.
@@ -79,6 +79,8 @@ class AttentionProgram:
 
     def __init__(self, kernel: KernelSyntax) -> None:
         self.kernel = kernel
+        #: ("attention", ()) if the kernel was found to have a form of the certificate.
+        self.retraced: set[tuple[str, Values]] = set()
         self.calls = [call for call in kernel.calls if dotted(call.func).startswith("attention.")]
 
     def check(self) -> None:
@@ -118,3 +120,5 @@ class AttentionProgram:
         found = (accumulator, tile, near, near * count, far)
         if found not in forms.attentions:
             kernel.note("attention", None, f"no form of this kernel is Attention{found}")
+        else:
+            self.retraced.add(("attention", ()))

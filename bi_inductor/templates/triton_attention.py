@@ -23,7 +23,7 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max, Min
 
 from bi_inductor import contract
-from bi_inductor.templates.triton_matmul import ChainMatmulTemplate, WideIndexKernel, tf32_is_allowed
+from bi_inductor.templates.triton_matmul import ChainMatmulKernel, ChainMatmulTemplate, tf32_is_allowed
 
 _ROWS = r"""
     KEY_HEADS = {{size("K", 1)}}
@@ -140,7 +140,7 @@ def attention_grid(
     return (pairs * cdiv(rows, meta["BLOCK_M"]), chunks, 1)
 
 
-class AttentionKernel(WideIndexKernel):
+class AttentionKernel(ChainMatmulKernel):
     """A template kernel that may call ``runtime/attention.py``."""
 
     @classmethod

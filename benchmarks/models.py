@@ -267,6 +267,9 @@ def measure(name: str, device: str = "cpu", backend: str = "batchinv") -> dict[s
 @torch.no_grad()
 def _compare(name: str, device: str, backend: str) -> dict[str, object]:
     module, inputs, call = MODELS[name]()
+    for parameter in module.parameters():  # some heads start at zero, and would show nothing
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
     module.eval().to(device)
     inputs = tuple(x.to(device) for x in inputs)
     expected = call(*inputs)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from devices import DEVICES, compiled, random_rows
 from torch.utils.checkpoint import checkpoint
 
-from bi_inductor.testing import changed_rows_over_batches, same_bits
+from bi_inductor.testing import same_bits
 
 
 class Layer(torch.nn.Module):
@@ -43,7 +43,7 @@ def test_what_is_saved_changes_nothing(device, autocast):
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
         inference = compiled(model)(x)
     results = {}
-    for budget in (1.0, 0.4, 0.0):
+    for budget in (1.0, 0.0):
         torch._dynamo.reset()
         with torch._functorch.config.patch(activation_memory_budget=budget):
             results[budget] = trained(model, x, compiled(model), enabled=autocast)
@@ -69,22 +69,6 @@ def test_one_graph_equals_its_pieces(device):
 
     whole = trained(model, x, compiled(model), enabled=False)
     assert same_bits(trained(model, x, pieces, enabled=False)[0], whole[0])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_input_gradients_under_autocast_do_not_depend_on_the_batch(device):
-    model = layer(device)
-    run = compiled(model, dynamic=True)
-
-    def gradient(x):
-        x = x.clone().requires_grad_()
-        with torch.autocast(device, torch.bfloat16):
-            output = run(x)
-        output.backward(torch.cos(output.detach()))
-        return x.grad
-
-    changed = changed_rows_over_batches(gradient, [random_rows(9, 7, 24, device=device)], [1, 2, 9])
-    assert not any(changed.values()), changed
 
 
 OPTIMIZERS = {

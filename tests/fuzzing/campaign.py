@@ -76,6 +76,12 @@ class _Campaign:
         except Exception as error:
             self._without_the_culprit(error, group)
             return
+        if (
+            tally.violations and not self.runs and len(group) > 1
+        ):  # a fingerprint is one for all: whose is it?
+            for program in group:
+                self.bundle([program])
+            return
         self._count(tally, group, "")
         if tally.violations:
             self._report(tally, group, histories)
@@ -98,7 +104,7 @@ class _Campaign:
     def _tally(self, group: Sequence[Program], histories: Sequence[str], backend: str = "batchinv") -> Tally:
         if self.runs:
             return compare(Case(group, device=self.arguments.target), backend, histories)
-        return _compare_generated(group, self.arguments.target)
+        return compare_generated(group, self.arguments.target)
 
     def _count(self, tally: Tally, group: Sequence[Program], prefix: str) -> None:
         self.counts[f"{prefix}graphs"] += len(group)
@@ -133,11 +139,11 @@ class _Campaign:
                 print(f"SHRUNK\n{smallest.snippet(WHOLE, 0, found[0].comparison)}", flush=True)
 
 
-def _compare_generated(group: Sequence[Program], target: str) -> Tally:
+def compare_generated(group: Sequence[Program], target: str, batches: Sequence[int] = _BATCHES) -> Tally:
     """Fingerprints of one training graph at several batch sizes; the verifier reads each as it is made."""
     tally, fingerprints = Tally(), {}
     function = bundled(group)
-    for batch in _BATCHES:
+    for batch in batches:
         torch._dynamo.reset()
         arguments = [
             torch.empty([batch if n == -1 else n for n in value.shape], dtype=value.dtype, device="meta")
@@ -148,9 +154,7 @@ def _compare_generated(group: Sequence[Program], target: str) -> Tally:
             argument.requires_grad_(-1 in value.shape)
         made = bi_inductor.inspect(function, *arguments, target=target, backward=True)
         fingerprints[batch] = made.fingerprint
-    tally.rows = len(_BATCHES) * len(group)
-    if len(set(fingerprints.values())) > 1:
-        tally._note(0, "fingerprint", str(fingerprints), 0, 1)
+    tally.note(0, "fingerprint", str(fingerprints), len(batches), len(set(fingerprints.values())) - 1)
     return tally
 
 

@@ -73,14 +73,15 @@ class Tally:
 
     def add(self, comparison: str, expected: Results, actual: Results) -> None:
         for (graph, name), rows in actual.rows.items():
-            self._note(
+            self.note(
                 graph, name, comparison, len(rows), count_changed_rows(rows, expected.rows[graph, name])
             )
         for (graph, name), whole in actual.totals.items():
             changed = not same_bits(whole, expected.totals[graph, name])
-            self._note(graph, name, comparison, 1, int(changed))
+            self.note(graph, name, comparison, 1, int(changed))
 
-    def _note(self, graph: int, name: str, comparison: str, rows: int, changed: int) -> None:
+    def note(self, graph: int, name: str, comparison: str, rows: int, changed: int) -> None:
+        """Count one comparison of ``rows`` rows of a result."""
         self.rows += rows
         self.changed += changed
         if changed:

@@ -225,7 +225,8 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.linalg_solve_triangular.default: _solve_triangular,
     aten.triangular_solve.default: _triangular_solve,
     aten.linalg_cholesky_ex.default: _cholesky_ex,
-    aten.cholesky.default: _cholesky,
     aten.cholesky_solve.default: _cholesky_solve,
     aten.cholesky_inverse.default: _cholesky_inverse,
 }
+if hasattr(aten, "cholesky"):  # torch 2.14 has linalg_cholesky_ex alone
+    TABLE[aten.cholesky.default] = _cholesky

@@ -131,11 +131,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """The form above; returns the output and the fp32 (fp64) probabilities ``[..., H, L, S]``."""
     leading, query, key, value = _align(query, key, value, enable_gqa)
-    scores = _grouped_product(query, key.transpose(-2, -1), bmm_wide)
+    scores = grouped_product(query, key.transpose(-2, -1), bmm_wide)
     scores = scores.reshape(*leading, *scores.shape[-2:]) * _scale(query, scale)
     probabilities = softmax(_mask(scores, attn_mask, is_causal), -1)
     rows = probabilities.reshape(*query.shape[:3], key.shape[2])
-    output = _grouped_product(rows, value, bmm_rounding)
+    output = grouped_product(rows, value, bmm_rounding)
     return output.reshape(*leading, *output.shape[-2:]), probabilities
 
 
@@ -170,7 +170,7 @@ def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple
     return leading, *aligned
 
 
-def _grouped_product(rows: Tensor, columns: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def grouped_product(rows: Tensor, columns: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """``rows [B, H, M, K]`` times ``columns [B, Hc, K, N]``, H a multiple of Hc, without repeating the
     columns.
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.passes.attention import ATTENTION
 from bi_inductor.passes.contractions import CONTRACTIONS
+from bi_inductor.passes.flex import FLEX
 from bi_inductor.passes.linear import LINEAR, inline_module
 from bi_inductor.passes.matmul import MATMUL
 from bi_inductor.passes.multihead import ENCODER_LAYER, MULTIHEAD
@@ -20,6 +21,7 @@ REWRITES: tuple[Retarget, ...] = (
     LINEAR,
     MATMUL,
     ATTENTION,
+    FLEX,
     MULTIHEAD,
     ENCODER_LAYER,
     *CONTRACTIONS,

@@ -224,7 +224,7 @@ def attention(
     scale: float,
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     """Lowering of ``bi_inductor::attention``; shapes and results as there."""
-    operands = [realized(x) for x in (query, key, value, mask) if x is not None]
+    operands = [x for x in (query, key, value, mask) if x is not None]
     *_, queries, _ = size = query.get_size()
     batch, heads = size[:2]
     key_heads, keys = key.get_size()[1:3]
@@ -269,7 +269,7 @@ def attention(
         chunk_template, [*operands, maxima, sums], [maxima, sums], partial_layout, grid, schedule, constants
     )
     fold = {"DV": value_dim, "BLOCK_DV": _padded(value_dim), "BLOCK_M": 1, "OUT_TYPE": _triton_name(dtype)}
-    inputs = [realized(x) for x in (partial, maxima, sums)]
+    inputs = [partial, maxima, sums]
     one_warp = Schedule(1, 1, 1, False)
     out = _call(
         fold_template, [*inputs, logsumexp], [logsumexp], layout, [pairs, per_pair, 1], one_warp, fold
@@ -281,8 +281,11 @@ def _triton_name(dtype: torch.dtype) -> str:
     return f"tl.{str(dtype).removeprefix('torch.')}"
 
 
-def _empty(size: list[Any], device: torch.device) -> ir.IRNode:
-    return realized(empty(size, dtype=torch.float32, device=device))
+def _empty(size: list[Any], device: torch.device) -> ir.TensorBox:
+    """An fp32 buffer that a kernel writes besides its output."""
+    box = empty(size, dtype=torch.float32, device=device)
+    realized(box)
+    return box
 
 
 def _constants(
@@ -327,9 +330,9 @@ def _call(
     choices: list[Any] = []
     error = template.maybe_append_choice(
         choices,
-        input_nodes=tuple(inputs),
+        input_nodes=tuple(realized(x) for x in inputs),
         layout=layout,
-        mutated_inputs=mutated,
+        mutated_inputs=[realized(x) for x in mutated],
         call_sizes=grid,
         num_stages=schedule.num_stages,
         num_warps=schedule.num_warps,

@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 from . import scope
 from .errors import BatchInvarianceError, unwrapped
+from .graph_breaks import report_graph_break
 from .options import Options, parse
 
 
@@ -40,6 +41,7 @@ def batchinv(
     """
     ours, patches = parse(mode, options)
     _warn_before_dynamo_gives_up()
+    report_graph_break(gm)
     return compile_graph(gm, example_inputs, ours, patches)
 
 

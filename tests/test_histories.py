@@ -176,3 +176,49 @@ def test_products_and_sums_with_zero_are_computed(device):
         assert all(map(same_bits, compiled(neutral, dynamic=dynamic)(x), neutral(x)))
     stock = torch.compile(neutral, backend="inductor")(x)
     assert not any(map(same_bits, stock, neutral(x)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_static_and_dynamic_lengths_have_one_order(device):
+    """A short static sum is written out, a dynamic one is a loop, 1 is specialised."""
+
+    def fn(x):
+        low = x.bfloat16()
+        return x.sum(-1), x.softmax(-1), x.std(-1, correction=0), low.sum(-1), low.prod(-1)
+
+    rows = [random_rows(4, length, device=device) for length in (1, 2, 3, 7, 8, 9, 33)]
+    static = compiled(lambda *xs: [fn(x) for x in xs], dynamic=False)(*rows)
+    torch._dynamo.reset()
+    dynamic = compiled(fn, dynamic=True)
+    for x, expected in zip(rows, static, strict=True):
+        assert all(map(same_bits, dynamic(x), expected)), x.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_exported_module_and_inference_mode(device):
+    model, x = block(device, torch.float32), random_rows(5, 11, 32, device=device)
+    with torch.no_grad():
+        expected = compiled(model)(x)
+        batch = {"x": {0: torch.export.Dim("rows", min=1)}}
+        exported = torch.export.export(model, (x,), dynamic_shapes=batch).module()
+        torch._dynamo.reset()
+        assert same_bits(compiled(exported)(x), expected)
+    with torch.inference_mode():
+        torch._dynamo.reset()
+        assert same_bits(compiled(model)(x), expected)
+
+
+def test_a_graph_break_is_reported_once():
+    def fn(x):
+        x = x + 1
+        torch._dynamo.graph_break()  # the user's line
+        return x * 2
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch._dynamo.reset()
+            compiled(fn)(torch.ones(3))
+        compiled(lambda x: x + 1, fullgraph=True)(torch.ones(3))
+    (message,) = [str(w.message) for w in caught if "graph break" in str(w.message)]
+    assert "the user's line" in message and "test_histories.py" in message

@@ -58,6 +58,12 @@ def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(x, weight.t())
 
 
+def _grouped(x: Tensor, weight: Tensor) -> Tensor:
+    """Both halves of the rows times the same weight, as two groups."""
+    ends = torch.arange(1, 3, device=x.device, dtype=torch.int32) * (x.shape[0] // 2)
+    return torch._grouped_mm(x, weight.t().expand(2, *weight.t().shape), offs=ends)
+
+
 def _scaled(fast: bool) -> Callable[[Tensor, Tensor], Tensor]:
     def product(x: Tensor, weight: Tensor) -> Tensor:
         one = torch.ones((), device=x.device)
@@ -86,6 +92,14 @@ KINDS = (
     _chain("tf32", torch.float32, 36, 1000, 2048, tf32=True),
     _chain("float32", torch.float32, 36, 1000),
     _chain("float64", torch.float64, 34, 1000),
+    Kind(
+        "bfloat16-grouped",
+        torch.bfloat16,
+        (72, 1000),
+        _grouped,
+        _table(torch.bfloat16),
+        "triton_grouped",
+    ),
     Kind("int8", torch.int8, (48, 1008), _int_mm, _quantized("int8"), "triton_quantized"),
     Kind(
         "float8_e4m3fn",

@@ -27,7 +27,7 @@ def few_outputs(monkeypatch):
     monkeypatch.setattr(doctor, "COLUMNS", 48)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float32", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16-grouped", "float32", "int8", "float8_e4m3fn"])
 def test_agreement_is_one_class(name, few_outputs):
     kind = next(kind for kind in doctor.KINDS if kind.name == name)
     tiles = dict.fromkeys(kind.tiles(90))

@@ -1,11 +1,15 @@
 """Which outputs can see another row: what mixes is found by op and line, what does not is left in peace."""
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bi_inductor.product_ops import scaled_product
 from bi_inductor.row_mixing import row_mixing
+from bi_inductor.row_mixing.place import INDEPENDENT, Mixed, Rows
+from bi_inductor.row_mixing.rules import Step, place_of
 
 W, TABLE = torch.randn(8, 8), torch.randn(20, 8)
 
@@ -98,3 +102,27 @@ def test_another_batch_dim():
     assert row_mixing(lambda x: x.sum(1), x, batch_dim=1) and not row_mixing(
         lambda x: x.sum(0), x, batch_dim=1
     )
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "expected"),
+    [
+        (Rows(0), Rows(0), Rows(0)),
+        (Rows(0), INDEPENDENT, Rows(0)),
+        (Rows(1), INDEPENDENT, Mixed),
+        (INDEPENDENT, Rows(0), Rows(0)),
+        (Rows(0), Rows(1), Mixed),
+    ],
+)
+def test_scaled_products_exist_on_a_gpu_only(x, scale, expected):
+    """On a CPU they are ordinary products, so the rule is asked by itself."""
+    graph = torch.fx.Graph()
+    shapes = {"a": (6, 32), "b": (32, 16), "scale_a": (6, 1), "scale_b": (1, 16)}
+    nodes = {name: graph.placeholder(name) for name in shapes}
+    for name, node in nodes.items():
+        node.meta["val"] = torch.empty(shapes[name])
+    product = graph.call_function(scaled_product, (*nodes.values(), None, False, False, torch.bfloat16))
+    product.meta["val"] = torch.empty(6, 16)
+    places = dict(zip(nodes.values(), (x, INDEPENDENT, scale, INDEPENDENT), strict=True))
+    found = place_of(Step(product, places, sympy.Symbol("s0")))
+    assert isinstance(found, Mixed) if expected is Mixed else found == expected

@@ -228,6 +228,15 @@ def _product_of(left: Place, right: Place, rank: int) -> Place | None:
     return INDEPENDENT
 
 
+def _scaled_product(step: Step) -> Place:
+    """A product whose scales may be of rows, too."""
+    product = _product(step)
+    others = [step.argument(name) for name in ("scale_a", "scale_b", "bias")]
+    places = [(step.place(other), len(shape_of(other))) for other in others if other is not None]
+    cause = step.mixed("rows meet across dimensions")
+    return product if isinstance(product, Mixed) else joined([(product, 2), *places], 2, cause.causes[0])
+
+
 def _gather(step: Step) -> Place:
     x, index = step.first, step.place(step.argument("index"))
     if isinstance(x, Rows) and step.dims("dim") == [x.dim]:
@@ -312,7 +321,8 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": _padded,
     **dict.fromkeys("split split_with_sizes".split(), _split),
     "unbind": _unbound,
-    **dict.fromkeys("mm bmm addmm baddbmm bmm_wide".split(), _product),
+    **dict.fromkeys("mm bmm addmm baddbmm bmm_wide _int_mm".split(), _product),
+    "scaled_product": _scaled_product,
     "gather": _gather,
     **dict.fromkeys("index _unsafe_index".split(), _indexed),
     "embedding": _embedding,

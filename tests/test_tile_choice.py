@@ -17,7 +17,7 @@ from triton_lowering import kernel_sources, lower
 
 from bi_inductor import inspect
 from bi_inductor.interpreter import run_module
-from bi_inductor.offline import _load, compile_offline
+from bi_inductor.offline import compile_offline, load_kernel
 from bi_inductor.runtime.tiles import TileChoosing
 from bi_inductor.templates.tile_table import Tile, candidates, tile_for
 from bi_inductor.testing import same_bits
@@ -40,7 +40,7 @@ def only_kernel_object(module: str) -> TileChoosing:
     """What the single kernel of ``module`` is before anything is compiled."""
     (source,) = kernel_sources(module)
     with virtual_gpu():
-        return _load(source, re.search(r"(?m)^def (\w+)\(", source)[1])
+        return load_kernel(source, re.search(r"(?m)^def (\w+)\(", source)[1])
 
 
 def dynamic_module(x: Tensor, weight: Tensor = WEIGHT, target: str = "sm_90") -> str:
@@ -150,15 +150,18 @@ def test_static_graphs_hold_one_tile_unless_tiles_are_measured():
 def test_max_autotune_runs_the_fastest_of_the_best_estimates():
     kernel = only_kernel_object(lower(linear, rows(64), WEIGHT, max_autotune=True))
     numbers = kernel.choice(64, 4096, 1, count=4)
-    compiled = {
-        number: mock.Mock(launchers=[number], bench=lambda n, *_: n == numbers[2] or 9) for number in numbers
-    }
+    compiled = {}
+    for number in numbers:
+        bench = mock.Mock(side_effect=lambda launcher, *_: 1 if launcher == numbers[2] else 9)
+        compiled[number] = mock.Mock(launchers=[number], bench=bench)
     with (
         mock.patch.object(TileChoosing, "_kernel", lambda self, number: compiled[number]),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
     ):
         kernel.run(rows(2), rows(2), rows(2), 64, 4096, 1, stream=0)
-    compiled[numbers[2]].run.assert_called_once()
+        kernel.run(rows(2), rows(2), rows(2), 60, 4096, 1, stream=0)  # about as many: not measured again
+    assert [one.bench.call_count for one in compiled.values()] == [1, 1, 1, 1]
+    assert compiled[numbers[2]].run.call_count == 2
 
 
 def test_the_certificate_of_a_dynamic_graph_is_that_of_a_static_one():

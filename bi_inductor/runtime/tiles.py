@@ -22,7 +22,7 @@ from ..templates.tile_table import candidates, fastest, itemsize_of
 SIZES = ("_rows", "_columns", "_batch")
 #: Choices that a kernel remembers; more would only take memory.
 _MOST_CHOICES = 4096
-#: Tiles that ``mode="max-autotune"`` measures for each size.
+#: Tiles that ``mode="max-autotune"`` measures.
 _MEASURED = 4
 
 
@@ -119,9 +119,10 @@ class TileChoosing(CachingAutotuner):
             tuple[int, ...], Any
         ] = {}  # sizes -> run of the kernel with the tile chosen for them
         self._by_tile: dict[int, CachingAutotuner] = {}
+        self._by_measurement: dict[tuple[int, ...], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_by_sizes": {}, "_by_tile": {}}
+        return {**super().__getstate__(), "_by_sizes": {}, "_by_tile": {}, "_by_measurement": {}}
 
     def run(self, *args: Any, stream: Any, **kwargs: Any) -> Any:
         """Launch with ``args``, of which the last are the sizes of the output."""
@@ -134,7 +135,7 @@ class TileChoosing(CachingAutotuner):
         sizes = args[-3:]
         if len(self._by_sizes) >= _MOST_CHOICES:
             self._by_sizes.clear()
-        number = self._fastest(args) if self.inductor_meta.get("max_autotune") else self.choice(*sizes)[0]
+        number = self._measured(args) if self.inductor_meta.get("max_autotune") else self.choice(*sizes)[0]
         if number == 0:
             launch = super().run
         else:
@@ -163,12 +164,19 @@ class TileChoosing(CachingAutotuner):
             self._by_tile[number] = kernel
         return self._by_tile[number]
 
-    def _fastest(self, args: tuple[Any, ...]) -> int:
-        """The tile that is fastest in a measurement on copies of ``args``, among those estimated to be."""
+    def _measured(self, args: tuple[Any, ...]) -> int:
+        """The tile that was fastest for about this many rows: one measurement up to each power of two."""
         rows, columns, batch = args[-3:]
         numbers = self.choice(rows, columns, batch, _MEASURED)
         if len(numbers) == 1 or torch.cuda.is_current_stream_capturing():
             return numbers[0]
+        about = ((rows - 1).bit_length(), columns, (batch - 1).bit_length())
+        if about not in self._by_measurement:
+            self._by_measurement[about] = self._fastest(numbers, args)
+        return self._by_measurement[about]
+
+    def _fastest(self, numbers: list[int], args: tuple[Any, ...]) -> int:
+        """Which of the tiles ``numbers`` is fastest on copies of ``args``."""
         copies = [_copy(arg) for arg in args]
 
         def milliseconds(number: int) -> float:

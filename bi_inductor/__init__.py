@@ -11,6 +11,7 @@ _PUBLIC = {
     "BatchInvarianceError": "errors",
     "Certificate": "certificate",
     "Certification": "certification",
+    "DeclarationError": "errors",
     "Inspection": "inspection",
     "MissingDependencyError": "errors",
     "OptionError": "errors",
@@ -22,9 +23,12 @@ _PUBLIC = {
     "certify": "certification",
     "compare": "comparison",
     "compile_offline": "offline",
+    "declarations": "declared_ops",
+    "declare_invariant": "declared_ops",
     "inspect": "inspection",
     "reveal_order": "orders",
     "run_in_interpreter": "interpreter",
+    "undeclare": "declared_ops",
 }
 __all__ = sorted(_PUBLIC)
 

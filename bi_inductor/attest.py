@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import platform
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,12 +66,15 @@ def _example(graph: BatchInvariantGraphLowering) -> entries.Example:
 
 
 def _entries(graph: BatchInvariantGraphLowering, example: entries.Example) -> tuple[Entry, ...]:
-    rulings = graph.rulings
-    ruled = [node for node in graph.module.graph.nodes if node in rulings]
-    return (
-        *map(entries.unproven_entry, graph.unproven),
-        *(entries.entry_of(node, rulings[node], example) for node in ruled),
-    )
+    return (*map(entries.unproven_entry, graph.unproven), *_entries_of_ops(graph, example))
+
+
+def _entries_of_ops(graph: BatchInvariantGraphLowering, example: entries.Example) -> Iterator[Entry]:
+    for node in graph.module.graph.nodes:
+        if node in graph.rulings:
+            yield entries.entry_of(node, graph.rulings[node], example)
+    for body in graph.bodies:
+        yield from _entries_of_ops(body, example)
 
 
 def _environment(graph: BatchInvariantGraphLowering) -> Environment:

@@ -215,7 +215,8 @@ def frozen(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _entry_line(entry: Entry) -> str:
     level = entry.level if entry.form else ""
-    return f"{entry.verdict:10} {entry.op:34} {entry.form:40} {level:20} {entry.source}".rstrip()
+    form = f"({entry.reason})" if entry.verdict == "DECLARED" else entry.form
+    return f"{entry.verdict:10} {entry.op:34} {form:40} {level:20} {entry.source}".rstrip()
 
 
 def _kernel_lines(kernel: Kernel) -> list[str]:

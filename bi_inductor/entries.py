@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from . import contract, verdicts
 from .certificate import Entry, Level, source_line
+from .declared_ops import declarable_name
 from .errors import BatchInvarianceError
 from .numerics import VIEWS
 from .verdicts import Ruling, Verdict
@@ -24,6 +25,7 @@ from .verdicts import Ruling, Verdict
 _PLACEMENT = frozenset(
     "diagonal dim dim0 dim1 dim2 dims fill_value index offset pad shifts split_dim start step value".split()
 )
+_UNCHECKED = (Verdict.UNPROVEN, Verdict.DECLARED)
 #: A length at the sizes of the example; an expression that holds a size without a known value stays as it is.
 AtExample = Callable[[contract.Length], contract.Length]
 
@@ -102,7 +104,7 @@ def entry_of(node: Node, ruling: Ruling, example: Example) -> Entry:
         check_form(node, form, example)
     return Entry(
         name=node.name,
-        op=str(node.target),
+        op=declarable_name(node) or str(node.target),
         verdict=ruling.verdict.value,
         form=str(form or ""),
         dtype=str(_dtype(node) or "").removeprefix("torch."),
@@ -116,7 +118,7 @@ def entry_of(node: Node, ruling: Ruling, example: Example) -> Entry:
             if _is_tensor(n) and _float(n, example) is None
         ),
         moves=_moves(node, example) if ruling.verdict is Verdict.INVARIANT else "",
-        level=(Level.NONE if ruling.verdict is Verdict.UNPROVEN else Level.CONSTRUCTION).value,
+        level=(Level.NONE if ruling.verdict in _UNCHECKED else Level.CONSTRUCTION).value,
     )
 
 

@@ -31,6 +31,10 @@ class OptionError(ShortenTraceback, ValueError):
         super().__init__(message, first_useful_frame=None)  # type: ignore[call-arg]
 
 
+class DeclarationError(ValueError):
+    """``declare_invariant`` or ``undeclare`` was given an op or a reason that cannot be taken; the message says why."""
+
+
 class OrderError(ValueError):
     """``reveal_order`` was given a function whose answers fit no order of additions; the message says which."""
 

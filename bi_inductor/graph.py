@@ -21,12 +21,13 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.graph import GraphLowering
+from torch._inductor.graph import GraphLowering, SubgraphLowering
 from torch._inductor.lowering import to_dtype
 from torch.fx import Node
 
 from . import certificate, lowerings, verdicts
 from .attest import attest
+from .declared_ops import declarations, triton_name
 from .errors import BatchInvarianceError
 from .lowerings.reductions import rounded
 from .options import Options
@@ -49,6 +50,8 @@ class BatchInvariantGraphLowering(GraphLowering):
 
     def run(self, *args: Any) -> Any:
         self.rulings = self._rule_on_every_op()
+        #: Bodies of higher-order ops, lowered under the same contract.
+        self.bodies: list[BatchInvariantBody] = []
         #: Kernel name -> names of the ops in it, as code generators of ours record them.
         self.kernel_ops: dict[str, set[str]] = {}
         result = super().run(*args)
@@ -93,7 +96,15 @@ class BatchInvariantGraphLowering(GraphLowering):
     @property
     def has_unproven(self) -> bool:
         """True if stock lowerings are in the graph, because the user asked for them."""
-        return bool(self.unproven) or any(r.verdict is Verdict.UNPROVEN for r in self.rulings.values())
+        own = any(r.verdict is Verdict.UNPROVEN for r in self.rulings.values())
+        return bool(self.unproven) or own or any(body.has_unproven for body in self.bodies)
+
+    def make_subgraph(self, *args: Any, **kwargs: Any) -> SubgraphLowering:
+        body = super().make_subgraph(*args, **kwargs)
+        body.__class__ = BatchInvariantBody
+        body.options, body.unproven, body.patches = self.options, self.unproven, self.patches
+        self.bodies.append(body)  # type: ignore[arg-type]
+        return body
 
     def _check_no_unknown_kernel(self) -> None:
         """A second look, at the lowered operations: no library kernel unless the user asked for it."""
@@ -114,6 +125,16 @@ class BatchInvariantGraphLowering(GraphLowering):
         return dataclasses.replace(wrapper, value=certificate.embed(source, attest(self, source))), kernels
 
 
+class BatchInvariantBody(BatchInvariantGraphLowering, SubgraphLowering):
+    """The body of a higher-order op: a branch of cond, the step of a loop, a region compiled once."""
+
+    def run(self, *args: Any) -> Any:
+        for node in self.module.graph.nodes:
+            if node.op == "call_function":  # so that names are unique in the certificate
+                node._rename(f"{self.name}_{node.name}")
+        return super().run(*args)
+
+
 def _without_unused_library_import(source: str) -> str:
     """Inductor's wrapper imports the library kernels always; ours only where one is called."""
     line = "from torch._inductor.select_algorithm import extern_kernels"
@@ -129,6 +150,9 @@ _HARMLESS_KERNELS = (
     ir.RandomSeeds,
     ir.ConcatKernel,
     ir.TemplateBuffer,
+    ir.Conditional,
+    ir.WhileLoop,
+    ir.InvokeSubgraph,
 )
 
 
@@ -140,6 +164,11 @@ def _is_harmless(operation: ir.ExternKernel) -> bool:
     if isinstance(operation, (*_HARMLESS_KERNELS, ir.MultiOutput)):
         return True
     overload = getattr(operation, "op_overload", None)
+    declared = declarations()
+    if isinstance(operation, ir.UserDefinedTritonKernel):
+        return triton_name(operation.kernel_idx) in declared
+    if isinstance(overload, torch._ops.OpOverload) and overload._schema.name in declared:
+        return True
     return str(overload) in _EXACT_KERNELS or verdicts.is_movement(overload)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from .declared_ops import declarations
 from .errors import BatchInvarianceError
 from .options import Options, required_patches
 
@@ -211,8 +212,10 @@ def _install_certificate_reader() -> None:
 
 
 def cache_tag(options: Options) -> str:
-    """What enters every compile-cache key: our sources and our options. Inductor's own keys hold the rest."""
-    return f"batchinv-{_source_hash()}-{options}"
+    """What enters every compile-cache key: our sources, our options, what is declared. Inductor's own keys hold the
+    rest."""
+    declared = hashlib.sha256(repr(sorted(declarations().items())).encode()).hexdigest()[:16]
+    return f"batchinv-{_source_hash()}-{options}-{declared}"
 
 
 def _source_hash() -> str:

@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from . import contract
+from .declared_ops import RULED_NAMESPACES, declarable_name, declarations
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -61,7 +62,7 @@ _MOVEMENT = """
     full full_like zeros zeros_like ones ones_like empty empty_like empty_strided empty_permuted new_empty
     new_full new_zeros new_ones new_empty_strided scalar_tensor arange eye tril triu tril_indices triu_indices
     fill _to_copy pixel_shuffle pixel_unshuffle _linalg_check_errors _assert_async _assert_scalar
-    _assert_tensor_metadata view_as_real view_as_complex
+    _local_scalar_dense _assert_tensor_metadata view_as_real view_as_complex
     sym_size sym_stride sym_numel sym_storage_offset sym_constrain_range sym_constrain_range_for_size
 """.split()
 
@@ -347,6 +348,9 @@ def _copy(node: Node) -> Ruling:
 def rule(node: Node) -> Ruling:
     """The ruling for one call_function node of a lowered (post-grad) graph."""
     target = node.target
+    custom = declarable_name(node)
+    if custom is not None:
+        return _custom_ruling(custom)
     if target is operator.getitem or not isinstance(target, torch._ops.OpOverload):
         return _rule_for_python(node)
     name = target._schema.name.split("::")[1]
@@ -359,9 +363,24 @@ def rule(node: Node) -> Ruling:
     known = _MOVEMENT_PRIMS if target.namespace in ("prims", "inductor_prims") else _MOVEMENT
     if name in known or (is_pointwise(target) and name not in _NOT_POINTWISE):
         return Ruling(Verdict.INVARIANT)
-    if target.namespace not in ("aten", "prims", "inductor_prims"):
-        return _refusal("nothing is known about the order of additions in a custom op")
     return _refusal(_reason(name))
+
+
+def _custom_ruling(name: str) -> Ruling:
+    reason = declarations().get(name)
+    if reason is not None:
+        return Ruling(Verdict.DECLARED, reason=reason)
+    remedy = (
+        "if each row of its results is known to be the same whatever the batch, say so with "
+        f'bi_inductor.declare_invariant("{name}", reason=...); otherwise {_REMEDY}'
+    )
+    what = "a Triton kernel" if name.startswith("triton::") else "a custom op"
+    reason = f"nothing is known about the order of additions in {what}"
+    return Ruling(Verdict.REFUSED, reason=reason, remedy=remedy)
+
+
+#: Their bodies are graphs, with rulings of their own.
+_WITH_BODIES = frozenset(["cond", "while_loop", "invoke_subgraph"])
 
 
 def _rule_for_python(node: Node) -> Ruling:
@@ -370,13 +389,18 @@ def _rule_for_python(node: Node) -> Ruling:
     if target is torch.ops.higher_order.with_effects and is_movement(node.args[1]):
         return Ruling(Verdict.INVARIANT)  # a check that raises, kept in its place among other effects
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return _refusal("higher-order ops are not looked into yet")
+        if target.name() in _WITH_BODIES:
+            return Ruling(Verdict.INVARIANT)
+        if target.name() == "associative_scan":
+            reason = "its kernel combines elements in an order that follows the tile"
+            return Ruling(Verdict.REFUSED, reason=reason, remedy='pass combine_mode="generic" to it')
+        return _refusal("this higher-order op is not looked into yet")
     return Ruling(Verdict.INVARIANT)
 
 
 def is_movement(target: Any) -> bool:
     """True for ops whose results are elements of their inputs, or constants."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in RULED_NAMESPACES:
         return False
     known = _MOVEMENT_PRIMS if target.namespace in ("prims", "inductor_prims") else _MOVEMENT
     return target._schema.name.split("::")[1] in known

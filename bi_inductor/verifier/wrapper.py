@@ -47,7 +47,7 @@ _LIBRARIES = (
 _NOT_EXECUTED = ("benchmark_compiled_module", "get_args")
 #: Methods of tensors that compute nothing.
 _METHODS = frozenset(
-    "copy_ item size stride data_ptr numel storage_offset untyped_storage view is_contiguous".split()
+    "clone copy_ item size stride data_ptr numel storage_offset untyped_storage view is_contiguous".split()
 )
 _MAPPED = re.compile(r"#\s+\S+ => (.*)")
 
@@ -86,7 +86,7 @@ class Wrapper:
         if not (isinstance(call, ast.Call) and dotted(call.func).startswith("async_compile.")):
             return False
         strings = [a for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        if strings:
+        if strings and not self._is_declared_kernel(statement):
             text = max(strings, key=lambda constant: len(str(constant.value)))
             name = (
                 dotted(statement.targets[0]) if isinstance(statement, ast.Assign) else str(strings[0].value)
@@ -101,6 +101,12 @@ class Wrapper:
                 )
             )
         return bool(strings)
+
+    def _is_declared_kernel(self, statement: ast.stmt) -> bool:
+        """True for a Triton kernel of the user's, which Inductor numbers, that the certificate says is declared."""
+        name = dotted(statement.targets[0]) if isinstance(statement, ast.Assign) else ""
+        kernels = {e.op.removeprefix("triton::") for e in self.entries if e.verdict == "DECLARED"}
+        return re.sub(r"_\d+$", "", name) in kernels
 
     def _nodes_above(self, statement: ast.stmt) -> frozenset[str]:
         """Graph nodes that the comment above a kernel maps to it."""
@@ -148,7 +154,14 @@ class Wrapper:
         self.report.add(rule, node.lineno, self.lines[node.lineno - 1])  # type: ignore[attr-defined]
 
     def _has_one_answer(self, name: str) -> bool:
+        if name.startswith("torch.ops.") and self._is_declared(name):
+            return True
         return name.rpartition(".")[0] in MOVES or (name in EXACT_CALLS and self._is_exact(name))
+
+    def _is_declared(self, name: str) -> bool:
+        """True if the certificate says that the user vouches for the custom op of this call."""
+        namespace, op = name.removeprefix("torch.ops.").split(".")[:2]
+        return any(e.verdict == "DECLARED" and e.op == f"{namespace}::{op}" for e in self.entries)
 
     def _is_exact(self, name: str) -> bool:
         """True if the ruling on every op of this name was that no order can change its result."""

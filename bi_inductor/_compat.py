@@ -28,3 +28,10 @@ def fusion_settings() -> dict[str, Any]:
     """Settings that fuse more. Torch 2.11 reorders loops only after it has given up on the epilogue of a
     matmul with batch dimensions; with the reordering off it fuses. Later versions need nothing."""
     return {"loop_ordering_after_fusion": False} if torch.__version__ < (2, 12) else {}
+
+
+def branching_kernel() -> Any:
+    """The IR node of ``torch.cond`` (a case of ``torch.switch`` since torch 2.14)."""
+    from torch._inductor import ir
+
+    return ir.Switch if hasattr(ir, "Switch") else ir.Conditional

@@ -25,7 +25,7 @@ from torch._inductor.graph import GraphLowering, SubgraphLowering
 from torch._inductor.lowering import to_dtype
 from torch.fx import Node
 
-from . import certificate, lowerings, verdicts
+from . import _compat, certificate, lowerings, verdicts
 from .attest import attest
 from .declared_ops import declarations, triton_name
 from .errors import BatchInvarianceError
@@ -150,7 +150,7 @@ _HARMLESS_KERNELS = (
     ir.RandomSeeds,
     ir.ConcatKernel,
     ir.TemplateBuffer,
-    ir.Conditional,
+    _compat.branching_kernel(),
     ir.WhileLoop,
     ir.InvokeSubgraph,
 )

@@ -106,7 +106,7 @@ class Chunks(Form):
 
 @dataclasses.dataclass(frozen=True)
 class ScaledChunks(Chunks):
-    """Chunks whose sums are each multiplied by their scale, and rounded to fp32, before they are added."""
+    """Chunks whose sums are each multiplied by a's scale, then by b's, in fp32 before they are added."""
 
 
 @dataclasses.dataclass(frozen=True)

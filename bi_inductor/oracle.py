@@ -129,13 +129,13 @@ def chunked_matmul(
 ) -> Tensor:
     """[M, K] @ [K, N]: the chain over every ``chunk`` of K from 0, these sums added left to right in fp32.
 
-    With scale_a [M, chunks] and scale_b [chunks, N], sum i is first multiplied by scale_a[m, i] * scale_b[i, n].
+    With scale_a [M, chunks] and scale_b [chunks, N], sum i is first multiplied by scale_a[m, i], then by scale_b[i, n].
     """
     total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     for index, start in enumerate(range(0, a.shape[1], chunk)):
         part = chain_matmul(a[:, start : start + chunk], b[start : start + chunk])
         if scale_a is not None and scale_b is not None:
-            part = part * (scale_a[:, index, None] * scale_b[None, index])
+            part = part * scale_a[:, index, None] * scale_b[None, index]
         total = total + part
     return total
 

@@ -65,6 +65,16 @@ def test_block_scales(kind):
     assert same_bits(run_in_interpreter(scaled(FP32), a, b, scale_a, scale_b), expected)
 
 
+def test_scales_of_blocks_and_of_rows_agree_where_both_fit():
+    """Up to K = 128 and N = 128 the scales [M, 1] and [1, 1] are blocks, but for one row they are a tensor's."""
+    a, b = operands(40, 64, 112)
+    scale_a, scale_b = scales(40, 1), scales(1, 1, seed=2)
+    together = run_in_interpreter(scaled(FP32), a, b, scale_a, scale_b)
+    assert same_bits(together, (oracle.chunked_matmul(a, b) + 0.0) * scale_a * scale_b)
+    alone = run_in_interpreter(scaled(FP32), a[:1], b, scale_a[:1], scale_b)
+    assert same_bits(alone, together[:1])
+
+
 @pytest.mark.skipif(
     torch.__version__ < (2, 12), reason="Dynamo of torch 2.11 does not trace the second version"
 )

@@ -310,7 +310,10 @@ CORRUPTIONS = {
         "fp8 matmul of blocks", "dot", r"tl\.load\(a_scales \+ step", "tl.load(a_scales - step"
     ),
     "a scale left out": Corruption(
-        "fp8 matmul of blocks", "accumulation", r"acc \+= chunk \* scale", "acc += chunk"
+        "fp8 matmul of blocks", "accumulation", r"acc \+= chunk \* a_scale\S+ \S+", "acc += chunk"
+    ),
+    "one scale before the other": Corruption(
+        "fp8 matmul of blocks", "accumulation", r"chunk \* (a_scale.*) \* (b_scale.*)", r"chunk * \2 * \1"
     ),
     "int8 in fp32": Corruption(
         "int8 matmul",

@@ -3,7 +3,7 @@
     one number each        round(chain * scale_a * scale_b + bias)
     one for each row of a  the same
       and column of b
-    one for each 128 of K  round(sum_i c_i * (scale_a[m, i] * scale_b[i, n]) + bias), c_i the i-th 128 of the chain
+    one for each 128 of K  round(sum_i c_i * scale_a[m, i] * scale_b[i, n] + bias), c_i the i-th 128 of the chain
       in a row, or in
       128 rows
 

@@ -6,7 +6,8 @@
     fp8 in chunks  the same with ((c0 + c1) + c2) + ... instead of the chain: c_i is the chain over the i-th 128 of K,
                    from 0, and the additions are fp32's. A Hopper tensor core keeps about 14 bits of a sum of fp8
                    products; chunks bound what that can cost (``use_fast_accum=False``)
-    block scales   the same with c_i * (scale_a[m, i] * scale_b[i, n]), unfused, instead of c_i
+    block scales   the same with c_i * scale_a[m, i] * scale_b[i, n], unfused, instead of c_i: up to K = 128 the bits
+                   of the line above, so whether the scales of few rows look like blocks has no say
 
 K is padded with zeros to whole steps; sums end ``+ 0.0``; scales multiply one after the other, unfused, then the
 bias is added in fp32, then there is one rounding. fp8 tiles are of one MMA family (``mma_family.py``).
@@ -82,8 +83,7 @@ SOURCE = r"""
 {% if BLOCK_SCALES %}
         a_scale = tl.load(a_scales + step * ({{stride("A_SCALE", 1)}}))
         b_scale = tl.load(b_scales + step * ({{stride("B_SCALE", 0)}}))
-        scale = {{"a_scale[None, :] * b_scale[:, None]" if SWAP else "a_scale[:, None] * b_scale[None, :]"}}
-        acc += chunk * scale
+        acc += chunk * {{"a_scale[None, :] * b_scale[:, None]" if SWAP else "a_scale[:, None] * b_scale[None, :]"}}
 {% else %}
         acc += chunk
 {% endif %}

@@ -16,8 +16,11 @@ _CHUNK_DOT = re.compile(
 )
 #: What an fp8 operand is called in a kernel's signature.
 _FP8 = re.compile(r"'arg_[AB]': '\*fp8e(?:4nv|5)'")
+_CHUNK = re.compile(r"acc \+= chunk")
+_SCALED_CHUNK = re.compile(
+    r"acc \+= chunk \* (a_scale\[None, :\] \* b_scale\[:, None\]|a_scale\[:, None\] \* b_scale\[None, :\])"
+)
 _SCALE = {
-    "scale": re.compile(r"a_scale\[(?:None, :|:, None)\] \* b_scale\[(?:None, :|:, None)\]"),
     "a_scale": re.compile(r"tl\.load\(a_scales \+ step \* \(.+\)\)"),
     "b_scale": re.compile(r"tl\.load\(b_scales \+ step \* \(.+\)\)"),
 }
@@ -35,7 +38,7 @@ class QuantizedProduct(ChainedProduct):
 
     @property
     def is_scaled(self) -> bool:
-        return "scale" in self.kernel.assignments
+        return "a_scale" in self.kernel.assignments
 
     @property
     def dot(self) -> re.Pattern[str]:  # type: ignore[override]
@@ -46,8 +49,8 @@ class QuantizedProduct(ChainedProduct):
 
     def is_step(self, name: str, statement: ast.stmt) -> bool:
         if name == "acc" and self.is_chunked:
-            wanted = "acc += chunk * scale" if self.is_scaled else "acc += chunk"
-            return self.kernel.line(statement) == wanted
+            wanted = _SCALED_CHUNK if self.is_scaled else _CHUNK
+            return wanted.fullmatch(self.kernel.line(statement)) is not None
         return super().is_step(name, statement)
 
     def check(self) -> None:

@@ -1,6 +1,7 @@
 """Orders of summation, revealed from outside: ours are the contract's at every batch, and stock's are not."""
 
 import functools
+import itertools
 import json
 import math
 import operator
@@ -320,7 +321,53 @@ def test_triton_sums_are_the_contracts_tree(terms):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("terms", [16, 100, 512])
+def test_triton_sums_of_many_lengths_are_the_contracts_tree():
+    """Lengths from 1 to 5000: around powers of two, and others drawn once."""
+    total = compiled(lambda x: x.sum(-1), dynamic=True)
+    lengths = {2**k + d for k in range(2, 13) for d in (-1, 0, 1)}
+    lengths |= set(random.Random(0).sample(range(1, 5001), 30))
+    for terms in sorted(lengths):
+        assert reveal_order(total, terms, device="cuda", probes_per_call=64) == contract_tree(terms), terms
+
+
+def attention_tree(keys, form):
+    """The form's order over ``keys`` equal scores: a chain for each chunk of keys, chunks added from left to right."""
+    near = list(range(0, min(keys, form.near_keys), form.near_chunk))
+    borders = [*near, *range(form.near_keys, keys, form.far_chunk), keys]
+    nodes, total = [], None
+    for low, high in itertools.pairwise(borders):
+        last = low
+        for key in range(low + 1, high):
+            nodes.append((last, key))
+            last = keys + len(nodes) - 1
+        if total is not None:
+            nodes.append((total, last))
+            last = keys + len(nodes) - 1
+        total = last
+    return SumTree(keys, tuple(nodes))
+
+
+def test_the_order_of_an_attention_row():
+    form = contract.Attention("float32", 2, 2, 4, 3)
+    assert attention_tree(9, form) == SumTree(
+        9, ((0, 1), (2, 3), (9, 10), (4, 5), (12, 6), (11, 13), (7, 8), (14, 15))
+    )
+    assert attention_tree(2, form) == chain(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [1, 5, 64, 300, 1500])
+def test_triton_attention_rows_are_the_contracts_order(keys):
+    """fp32 without tf32, so that a tile is a chain of FMAs; one query of a decode, and one among 70."""
+    attention = compiled(F.scaled_dot_product_attention)
+    expected = attention_tree(keys, contract.attention_form(16, 16, torch.float32))
+    for queries, batch in ((1, 1), (1, 5), (70, 2)):
+        row = orders.attention_row(attention, batch=batch, queries=queries, query=queries - 1)
+        assert reveal_order(row, keys, device="cuda") == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("terms", [1, 16, 33, 100, 255, 512])
 def test_triton_products_are_the_contracts_chain(terms):
     matmul = compiled(torch.matmul)
     for rows in (1, 64):

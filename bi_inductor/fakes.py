@@ -44,7 +44,7 @@ class _FakesInsteadOfCopies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+def _copied_function(function: types.FunctionType, memo: dict[Any, Any]) -> types.FunctionType:
     """``function`` over copies of the tensors and modules that it closes over or names as globals.
 
     Its code object is a copy too: Dynamo keeps what it compiled, and decided, by code object.
@@ -56,22 +56,40 @@ def _copied_function(function: types.FunctionType, memo: dict[int, Any]) -> type
             return _copied_function(value, memo) if value.__closure__ and not is_torchs else value
         return copy.deepcopy(value, memo) if isinstance(value, (Tensor, torch.nn.Module)) else value
 
-    names = [name for name in function.__code__.co_names if name in function.__globals__]
-    moved_globals = {
-        name: moved(function.__globals__[name])
-        for name in names
-        if isinstance(function.__globals__[name], (Tensor, torch.nn.Module))
-    }
-    closure = tuple(types.CellType(moved(cell.cell_contents)) for cell in function.__closure__ or ())
-    copied = types.FunctionType(
-        function.__code__.replace(),
-        {**function.__globals__, **moved_globals} if moved_globals else function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        closure,
+    known = memo.get(("function", id(function)))
+    if known is not None:
+        return known
+    names = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    used = {name: value for name, value in names.items() if _holds_tensors(value, function)}
+    # One namespace for all functions of a file, as Dynamo expects of functions that it inlines.
+    place = ("globals", id(function.__globals__))
+    namespace = (
+        memo.setdefault(place, {**function.__globals__}) if used else memo.get(place, function.__globals__)
     )
+    copied = types.FunctionType(
+        function.__code__.replace(), namespace, function.__name__, function.__defaults__, function.__closure__
+    )
+    memo["function", id(function)] = copied  # it may call itself
+    for name, value in used.items():
+        namespace[name] = (
+            _copied_function(value, memo) if isinstance(value, types.FunctionType) else moved(value)
+        )
+    closure = tuple(types.CellType(moved(cell.cell_contents)) for cell in function.__closure__ or ())
+    if closure:
+        copied = types.FunctionType(
+            copied.__code__, namespace, function.__name__, function.__defaults__, closure
+        )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
+
+
+def _holds_tensors(value: Any, caller: types.FunctionType) -> bool:
+    """True for what has to be moved among the globals of ``caller``: tensors, modules, functions of its own file."""
+    if isinstance(value, types.FunctionType):
+        return value.__globals__ is caller.__globals__ and "torch" not in caller.__globals__.get(
+            "__name__", ""
+        )
+    return isinstance(value, (Tensor, torch.nn.Module))
 
 
 class FakeCall(NamedTuple):
@@ -90,7 +108,7 @@ def fake_call(
 
     Shared tensors stay shared. Has to be called under a FakeTensorMode. What was passed is not changed.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     with _FakesInsteadOfCopies(device, keep_grad):
         args, kwargs = copy.deepcopy((args, kwargs), memo)
         fn = _copied_function(fn, memo) if isinstance(fn, types.FunctionType) else copy.deepcopy(fn, memo)

@@ -26,7 +26,7 @@ def fingerprint(fn, *args, **options):
     return inspect(fn, *args, **options).fingerprint
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_80", "cpu"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "cpu"])
 def test_a_model_has_one_fingerprint_and_only_our_sums(target):
     model = Block()
     inspections = [inspect(model, torch.randn(batch, WIDTH), target=target) for batch in BATCHES]
@@ -168,6 +168,19 @@ def test_closures_globals_keywords_methods_and_shared_weights():
 
 
 _OFFSET = torch.ones(1)
+
+
+def _shifted(x):
+    return _scaled(x) + _OFFSET
+
+
+def _scaled(x, depth=1):
+    return _scaled(x * _OFFSET, depth - 1) if depth else x
+
+
+def test_functions_that_use_globals_and_call_each_other():
+    assert inspect(lambda x: _shifted(x).sum(-1), torch.randn(3, WIDTH)).kernels
+    assert inspect(_shifted, torch.randn(3, WIDTH)).kernels
 
 
 def test_graph_breaks_give_several_graphs():

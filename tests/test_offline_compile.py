@@ -12,7 +12,7 @@ from bi_inductor.offline import compile_offline
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100"])
 def test_a_model_compiles_to_cubins(target):
     inspection = inspect(Block().bfloat16(), torch.randn(64, WIDTH).bfloat16(), target=target)
     compiled = compile_offline(inspection, target)
@@ -35,6 +35,16 @@ def test_reductions_compile_to_cubins(name, target):
         for kernel in compile_offline(inspection, target):
             assert f".target {target}" in kernel.ptx
             assert not kernel.spills, str(kernel)
+
+
+def test_training_compiles_to_cubins_and_says_what_it_takes():
+    inspection = inspect(Block().bfloat16(), torch.randn(64, WIDTH).bfloat16(), backward=True)
+    compiled = compile_offline(inspection)
+    assert [kernel.name for kernel in compiled] == list(inspection.kernels)
+    for kernel in compiled:
+        needs = kernel.resources()
+        assert needs["name"] == kernel.name and needs["registers"] == kernel.registers > 0
+        assert needs["spills"] is kernel.spills is False and needs["shared_bytes"] == kernel.shared_bytes
 
 
 def test_no_multiply_is_contracted_into_an_addition():

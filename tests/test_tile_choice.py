@@ -82,13 +82,24 @@ def test_each_launch_runs_the_tile_of_its_sizes(kernel):
 
     first = mock.patch.object(CachingAutotuner, "run", lambda self, *args, stream: launched.append(0))
     others = mock.patch.object(TileChoosing, "_kernel", lambda self, number: Launched(number))
+    alone = mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False)
     sizes = [*BORDERS, 300, *reversed(BORDERS)]
-    with first, others, mock.patch.object(kernel, "choice", wraps=kernel.choice) as choice:
+    with first, others, alone, mock.patch.object(kernel, "choice", wraps=kernel.choice) as choice:
         for m in sizes:
             kernel.run("a", "b", "out", m, m, 4096, 1, stream=0)
     assert launched == [kernel.choice(m, 4096, 1)[0] for m in sizes]
     assert len(set(launched)) >= 5 and 0 in launched
     assert choice.call_count == len(set(sizes))  # known sizes are looked up
+
+
+def test_a_capture_takes_a_tile_that_is_there_and_remembers_nothing(kernel):
+    kernel, launched = copy.copy(kernel), []
+    with (
+        mock.patch.object(CachingAutotuner, "run", lambda self, *args, stream: launched.append(args[-3:])),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+    ):
+        kernel.run("a", "b", "out", 2, 2, 4096, 1, stream=0)
+    assert launched == [(2, 4096, 1)] and not kernel._by_sizes and not kernel._by_tile
 
 
 def test_a_launch_compiles_its_tile_and_has_its_grid():

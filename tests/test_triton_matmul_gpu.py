@@ -104,7 +104,7 @@ def test_a_dynamic_graph_has_the_bits_of_static_ones_at_every_border(mode):
 
 
 def test_a_size_seen_first_in_a_capture():
-    """A launch inside a CUDA graph's capture may be the first with its tile."""
+    """A launch inside a CUDA graph's capture may be the first that wants its tile."""
     x, weight = randn(4096, 1024, dtype=torch.bfloat16), randn(4096, 1024, dtype=torch.bfloat16)
     product = compiled(linear, dynamic=True)
     whole = product(x[:300], weight)

@@ -13,9 +13,10 @@ upwards in the steps of the hardware, which ``doctor`` measures on the device.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -26,7 +27,6 @@ from ..verifier.lengths import Forms, constant, is_constant, values_of
 from ..virtual import virtual_gpu
 
 _SIGNATURE = re.compile(r"^ *(.+?),? = args$", re.MULTILINE)
-_ASSERTED = re.compile(r"assert_size_stride\((\w+), (\([^)]*\)), (\([^)]*\))")
 #: Forms whose kernels are executed: those that are looked for, and those that add nothing in an order of theirs.
 _UNDERSTOOD = ("Tree(", "Chain(", "Exact(", "Drawn(", "Scan(", "Segments(")
 _SIZE = re.compile(r"^ *(s\d+) = (\w+)$", re.MULTILINE)
@@ -105,25 +105,38 @@ def _inputs(source: str, symbols: dict[str, int]) -> list[object]:
     """Stand-ins for the inputs of the module: tensors with the sizes and strides that it asserts, and sizes."""
     names = [name.strip() for name in _SIGNATURE.findall(source)[-1].split(",")]
     sizes = {name: symbols[symbol] for symbol, name in _SIZE.findall(source) if symbol in symbols}
-    shapes = {name: (size, stride) for name, size, stride in _ASSERTED.findall(source)}
+    shapes = dict(_asserted_shapes(source))
     missing = [name for name in names if name not in sizes and name not in shapes]
     if missing:
         raise ValueError(f"the module does not say what sizes {', '.join(missing)} have")
     return [
         sizes[name]
         if name in sizes
-        else torch.empty_strided(*(_numbers(text, symbols) for text in shapes[name]), device="meta")
+        else torch.empty_strided(*(_numbers(node, symbols) for node in shapes[name]), device="meta")
         for name in names
     ]
 
 
-def _numbers(text: str, symbols: dict[str, int]) -> tuple[int, ...]:
+def _asserted_shapes(source: str) -> Iterator[tuple[str, tuple[ast.expr, ast.expr]]]:
+    """Input -> its size and stride; torch 2.14 asserts several inputs at once."""
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        if node.func.id == "assert_size_stride" and isinstance(node.args[0], ast.Name):
+            yield node.args[0].id, (node.args[1], node.args[2])
+        elif node.func.id == "assert_size_stride_grouped":
+            tensors, sizes, strides = (
+                part.elts if isinstance(part, ast.Tuple) else [] for part in node.args[:3]
+            )
+            for tensor, size, stride in zip(tensors, sizes, strides, strict=True):
+                yield ast.unparse(tensor), (size, stride)
+
+
+def _numbers(node: ast.expr, symbols: dict[str, int]) -> tuple[int, ...]:
     """``(8, 64*s77)`` with the symbols' values."""
-    parts = [part for part in text.strip("()").split(", ") if part.strip(", ")]
-    numbers = [
-        values_of(part.strip(","), {name: constant(value) for name, value in symbols.items()})
-        for part in parts
-    ]
+    known = {name: constant(value) for name, value in symbols.items()}
+    parts = node.elts if isinstance(node, ast.Tuple) else [node]
+    numbers = [values_of(part, known) for part in parts]
     if any(number is None for number in numbers):
-        raise ValueError(f"cannot read the sizes {text}")
+        raise ValueError(f"cannot read the sizes {ast.unparse(node)}")
     return tuple(number[0] for number in numbers if number is not None)

@@ -70,6 +70,8 @@ def _segment_level(
     load, load_start, load_end = values.make_loader(), start.make_loader(), end.make_loader()
     dtype = values.get_dtype()
     identity = combine_identity(combine, dtype)
+    buffer = values.data.data
+    is_constant = isinstance(buffer, ir.ComputedBuffer) and buffer.num_reads() == 0
 
     def inner_fn(index: Sequence[Any]) -> Any:
         row, column = index
@@ -81,6 +83,8 @@ def _segment_level(
         def leaf(number: int) -> Any:
             position = row + (number << low)
             inside = ops.logical_and(begins, ops.lt(ops.index_expr(position, torch.int64), past))
+            if is_constant:  # torch 2.11 has no C++ for a masked constant
+                return ops.where(inside, load([position, column]), ops.constant(identity, dtype))
             return ops.masked(inside, lambda: load([position, column]), identity)
 
         return _written_out([leaf(number) for number in range(1 << (high - low))], combine)

@@ -108,7 +108,7 @@ def _index_put(
     inside = list(range(before, before + len(shape)))
     outside = [dim for dim in range(values.dim()) if dim not in inside]
     columns = math.prod(rest)
-    values = values.permute(*inside, *outside).reshape(rows.shape[0], columns)
+    values = values.permute([*inside, *outside]).reshape(rows.shape[0], columns)
 
     permutation = [*indexed, *kept]
     base = self.permute(permutation).reshape(math.prod(sizes), columns)

@@ -33,6 +33,13 @@ def test_the_spectrum_of_a_row_does_not_see_the_batch(device):
     bi_inductor.assert_batch_invariant(compiled(spectrum, dynamic=True), x, batches=(1, 2, 9))
 
 
+@pytest.mark.parametrize("length", [1, 2, 17])
+@pytest.mark.parametrize("periodic", [True, False])
+def test_windows_are_eagers_up_to_rounding(length, periodic):
+    window = compiled(lambda x: x * torch.hann_window(length, periodic))(torch.ones(length))
+    torch.testing.assert_close(window, torch.hann_window(length, periodic), atol=1e-6, rtol=0)
+
+
 def test_a_long_transform_is_refused_with_the_limit():
     with pytest.raises(BatchInvarianceError, match="2048"):
         compiled(lambda x: torch.fft.rfft(x).abs())(torch.randn(1, 4097))

@@ -130,7 +130,19 @@ def _fft_c2r(self: Tensor, dim: Sequence[int], normalization: int, last_dim_size
     return _scaled(real, [*(int(self.shape[d]) for d in others), length], normalization)
 
 
+def _hann_window(window_length: int, periodic: bool = True, **tensor: Any) -> Tensor:
+    """(1 - cos(2 pi m / n)) / 2 for m = 0 ... window_length - 1, n one less where it is not periodic; in fp64."""
+    dtype, device = tensor.get("dtype") or torch.get_default_dtype(), tensor.get("device")
+    length = window_length if periodic else window_length - 1
+    m = torch.arange(window_length, device=device, dtype=torch.float64)
+    if window_length == 1:
+        return torch.ones_like(m, dtype=dtype)
+    return ((1 - torch.cos(m * (2 * math.pi / length))) / 2).to(dtype)
+
+
 TABLE: dict[Any, Callable[..., Any]] = {
+    aten.hann_window.default: _hann_window,
+    aten.hann_window.periodic: _hann_window,
     aten._fft_c2c.default: _fft_c2c,
     aten._fft_r2c.default: _fft_r2c,
     aten._fft_c2r.default: _fft_c2r,

@@ -165,7 +165,7 @@ def test_a_dynamic_length_is_not_rounded(device, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_products_and_sums_with_zero_are_computed(device):
-    """Stock takes x * 0 for 0.0 and x + 0 for x where it can see all sizes, which dynamic shapes may hide."""
+    """Stock takes x + 0 for x, and until torch 2.13 x * 0 for 0.0, where it sees all sizes: dynamic ones hide them."""
     x = torch.tensor([[-1.0, -0.0, 2.0]] * 3, device=device)
 
     def neutral(x):
@@ -175,7 +175,7 @@ def test_products_and_sums_with_zero_are_computed(device):
         torch._dynamo.reset()
         assert all(map(same_bits, compiled(neutral, dynamic=dynamic)(x), neutral(x)))
     stock = torch.compile(neutral, backend="inductor")(x)
-    assert not any(map(same_bits, stock, neutral(x)))
+    assert not same_bits(stock[1], neutral(x)[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 import torch.nn.functional as F
 from accuracy import assert_accurate
 
@@ -187,7 +188,6 @@ def test_training_gives_the_bits_of_inference_and_gradients_ignore_the_batch():
 
 def test_a_llama_decodes_the_bits_of_its_prefill():
     """300 tokens, logits bit for bit, through the library's own cache."""
-    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, vocab_size=1000, max_position_embeddings=512,

@@ -41,7 +41,10 @@ def persistent_tile(rows: int, length: int, inner: bool) -> Tile:
 
 
 def looped_tile(rows: int, length: int, inner: bool) -> Tile:
-    """Tile of a kernel that loops over blocks of the reduced axis."""
+    """Tile of a kernel that loops over blocks of the reduced axis.
+
+    For contiguous rows (1, 16384, 16) is the winner of a search; shorter ones follow ``persistent_tile``, unmeasured.
+    """
     if inner:
         r = _power_of_two_in(length, 64, 16384)
         x = _power_of_two_in(1024 // r, 1, max(1, rows))

@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 import torch.nn.functional as F
+import transformers
 from accuracy import assert_accurate
 
 from bi_inductor.templates import triton_attention

@@ -1,4 +1,4 @@
-"""What every test runs under: fresh caches, two CPU threads, Hypothesis profiles, ``gpu`` only with a GPU.
+"""What every test runs under: fresh caches, one seed, two CPU threads, Hypothesis profiles, ``gpu`` with a GPU.
 
 The caches are set before torch is imported. A run that shared a cache with an earlier one could be served
 code that an older checkout generated; workers of pytest-xdist each import this file, so each has its own.
@@ -72,5 +72,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """No compiled code, guard or automatic-dynamic decision of one test reaches the next."""
+    """No compiled code, guard or automatic-dynamic decision of one test reaches the next, and no random state."""
     torch._dynamo.reset()
+    torch.manual_seed(0)

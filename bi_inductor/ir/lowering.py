@@ -1,4 +1,4 @@
-"""Triton IR (TTIR) of emitted kernels, in the configurations that may be chosen; made without a GPU."""
+"""Triton IR (TTIR, TTGIR) of emitted kernels, in the configurations that may be chosen; made without a GPU."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class _Captured(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class LoweredKernel:
-    """One kernel in one configuration: the text of its TTIR, and ``arguments``: the names of the function's parameters
-    in the order of the IR, constants left out."""
+    """One kernel in one configuration: the text of its TTIR, and of TTGIR, in which layouts and instructions have been
+    chosen. ``arguments``: names of the function's parameters in the order of the IR, constants left out."""
 
     name: str
     shown: str
     config: Any
     ttir: str
+    ttgir: str
     arguments: tuple[str, ...]
 
 
@@ -71,7 +72,7 @@ class Lowering:
             config = self.configs[number]
             source, options = _captured(self.autotuner, config)
             self._made[number] = LoweredKernel(
-                self.name, str(config), config, _ttir(source, options, self.device), _parameters(source)
+                self.name, str(config), config, *_texts(source, options, self.device), _parameters(source)
             )
         return self._made[number]
 
@@ -97,7 +98,8 @@ def _captured(autotuner: Any, config: Any) -> tuple[Any, dict[str, Any]]:
     return captured[0]
 
 
-def _ttir(source: Any, options: dict[str, Any], device: VirtualDevice) -> str:
+def _texts(source: Any, options: dict[str, Any], device: VirtualDevice) -> tuple[str, str]:
+    """TTIR and TTGIR."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
@@ -112,7 +114,9 @@ def _ttir(source: Any, options: dict[str, Any], device: VirtualDevice) -> str:
     module = source.make_ir(target, parsed, functions, modules, context)
     stages: dict[str, Any] = {}
     backend.add_stages(stages, parsed, source.language)
-    return str(stages["ttir"](module, {"target": target, **parsed.__dict__}))
+    metadata = {"target": target, **parsed.__dict__}
+    ttir = str(stages["ttir"](module, metadata))
+    return ttir, str(stages["ttgir"](module, metadata))
 
 
 def _parameters(source: Any) -> tuple[str, ...]:

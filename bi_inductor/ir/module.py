@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..targets import VirtualDevice
 from .execution import Pointer, Program, UnsupportedError
+from .layouts import Steps, steps_of
 from .lowering import LoweredKernel, Lowering
 from .terms import INPUT, Terms
 from .text import Block, UnreadableError, parse
@@ -31,7 +32,7 @@ class ModuleRun:
     """One execution of a module with configuration ``number`` of each kernel.
 
     ``left_out``: kernels that are not to be followed, and why. ``unknown``: kernel -> why it was not followed.
-    ``used``: kernel -> the configuration it ran in.
+    ``used``: kernel -> the configuration it ran in. ``steps``: kernel -> what the steps of its dots add.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ModuleRun:
         self.terms = Terms()
         self.unknown: dict[str, str] = {}
         self.used: dict[str, str] = {}
+        self.steps: dict[str, Steps] = {}
         self.number = 0
 
     def run(self, inputs: list[Any], number: int) -> list[np.ndarray]:
@@ -71,10 +73,11 @@ class ModuleRun:
         if name not in self.cache:
             self.cache[name] = Lowering(self.kernels[name], name, self.device)
         lowering = self.cache[name]
+        lowered = lowering.lowered(self.number)
+        self.steps[name] = steps_of(lowered.ttgir)
         try:
             if name in self.left_out:
                 raise UnsupportedError(self.left_out[name])
-            lowered = lowering.lowered(self.number)
             self.used[name] = lowered.shown
             self._execute(lowering, lowered, args, kwargs)
         except (UnsupportedError, UnreadableError) as error:

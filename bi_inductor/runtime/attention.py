@@ -96,6 +96,28 @@ def load_rows(base, rows, columns, stride_row, stride_column, row_mask, LENGTH: 
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.where(a > b, a, b)
+
+
+@triton.jit
+def load_mask(pointers, exists, other, WIDTH: tl.constexpr):
+    """The mask at [M, N] ``pointers``; ``other`` where nothing exists. WIDTH: bits of an element of the values.
+
+    A mask of narrower elements goes through a maximum over one element, which changes no value but ends Triton's
+    search for the narrowest load behind an operand of a dot. It would otherwise let a thread hold as many neighbouring
+    keys of round(p) as fill a register as bytes, and the first step of an ``mma.sync`` of bf16 would add keys 0, 1, 4,
+    5, ..., 28, 29, where ``wgmma``, and every step without a mask, adds keys 0 ... 15: other bits.
+    """
+    if pointers.dtype.element_ty.primitive_bitwidth < WIDTH:
+        one = tl.load(tl.expand_dims(pointers, 2), mask=tl.expand_dims(exists, 2), other=other)
+        values = tl.reduce(one, 2, _larger)
+    else:
+        values = tl.load(pointers, mask=exists, other=other)
+    return values
+
+
+@triton.jit
 def _tile(
     state,
     q,
@@ -122,6 +144,7 @@ def _tile(
     SCALE: tl.constexpr = SCORES[2]
     SCALE_FIRST: tl.constexpr = SCORES[3]
     PRECISION: tl.constexpr = SCORES[4]
+    WIDTH: tl.constexpr = v_base.dtype.element_ty.primitive_bitwidth
     keys = start + tl.arange(0, BLOCK_N)
     exists = None
     if EDGE:
@@ -140,10 +163,10 @@ def _tile(
             visible = visible & (keys[None, :] <= positions)
         if MASK == 1:
             at = mask_base + keys.to(INDEX)[None, :] * stride_mn
-            visible = visible & (tl.load(at, mask=exists & rows_exist, other=0) != 0)
+            visible = visible & (load_mask(at, exists & rows_exist, 0, WIDTH) != 0)
         if MASK == 2:
             at = mask_base + keys.to(INDEX)[None, :] * stride_mn
-            t += tl.load(at, mask=exists & rows_exist, other=0.0).to(tl.float32)
+            t += load_mask(at, exists & rows_exist, 0.0, WIDTH).to(tl.float32)
         t = tl.where(visible, t, -float("inf"))
     highest = tl.maximum(m, tl.ceil(tl.max(t, 1) * factor))
     rescale = tl.exp2(m - highest)

@@ -1,8 +1,8 @@
 """One verdict for each op of PyTorch's operator database, found out by compiling it at several batch sizes.
 
-A case (``coverage_cases.py``) is compiled statically for one row and dynamically for 2, 3 and ``ROWS`` rows; every
-row's bits are compared with those it has alone. Where a certificate says Drawn, a row's bits follow its slot, so
-rows in one slot are compared.
+A case (``coverage_cases.py``) is compiled statically for one row, and once for ``BATCHES`` with the batch as a symbol,
+or all sizes; every row's bits are compared with those it has alone. Where a certificate says Drawn, a row's bits
+follow its slot, so rows in one slot are compared.
 
     canonical    compiled, with a sum in a named order      refused     BatchInvarianceError
     invariant    compiled, without one                      uncaptured  no graph reaches any backend, or stock fails too
@@ -22,13 +22,12 @@ from torch import Tensor
 
 from bi_inductor import coverage_cases
 from bi_inductor.certificate import Certificate, certificates
-from bi_inductor.coverage_cases import ROWS, Case, close, tensors_in
+from bi_inductor.coverage_cases import BATCHES, ROWS, Case, close, tensors_in
 from bi_inductor.errors import BatchInvarianceError, NotCompiledError
 from bi_inductor.testing import count_changed_rows
 
 #: From the best to the worst; an op has the worst of its cases.
 VERDICTS = ("invariant", "canonical", "uncaptured", "refused", "ERROR", "VIOLATION")
-_BATCHES = (2, 3, ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Settings:
 
     ``target``: "cpu" or "cuda" compile, run and compare; "sm_90" and its like generate code for a GPU that need
     not be there, and so does "cpu" with ``lower_only``. ``samples``: per op. ``backward``: gradients of the inputs
-    too. ``backend``: "inductor" shows what the same cases find in stock.
+    too. ``backend``: "inductor" shows what the same cases find in stock. ``dynamic``: all sizes are symbols where
+    many rows are compiled, not the batch alone.
     """
 
     target: str = "cpu"
@@ -45,6 +45,7 @@ class Settings:
     samples: int = 2
     backward: bool = False
     lower_only: bool = False
+    dynamic: bool = False
 
     @property
     def runs(self) -> bool:
@@ -54,7 +55,10 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class CaseResult:
-    """One case: its verdict, the reason behind it, rows compared, rows changed, whether eager's values are near."""
+    """One compile: its verdict, the reason behind it, rows compared, rows changed, whether eager's values are near.
+
+    ``cases``: how many were compiled together.
+    """
 
     sample: int
     lift: str
@@ -63,6 +67,7 @@ class CaseResult:
     rows: int = 0
     changed: int = 0
     near_eager: bool = True
+    cases: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,10 @@ class OpResult:
     @property
     def counts(self) -> dict[str, int]:
         """Number of cases per verdict."""
-        return dict(Counter(case.verdict for case in self.cases))
+        found: Counter[str] = Counter()
+        for case in self.cases:
+            found[case.verdict] += case.cases
+        return dict(found)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> OpResult:
@@ -107,10 +115,24 @@ def judge_op(name: str, settings: Settings) -> OpResult:
         op = coverage_cases.entries()[name]
         device = settings.target if settings.runs else "cpu"
         cases = list(coverage_cases.cases_of(op, settings.samples, device=device))
-        results = [judge(case, settings) for case in cases]
+        results = _judge_together(cases, settings)
     except Exception as error:  # the samples themselves
         results = [CaseResult(0, "none", "ERROR", _described(error))]
     return OpResult(name, settings.target, tuple(results), round(time.monotonic() - started, 1))
+
+
+def _judge_together(cases: list[Case], settings: Settings) -> list[CaseResult]:
+    """Those with rows in one compile, which is most of the time; each alone if anything is wrong with that."""
+    together = [case for case in cases if case.mapped] if settings.runs else []
+    if settings.backward:
+        together = [case for case in together if _is_differentiable(case)]
+    results = []
+    if len(together) > 1:
+        found = judge(coverage_cases.joined(together), settings)
+        if found.verdict in ("invariant", "canonical") and found.near_eager:
+            results.append(dataclasses.replace(found, cases=len(together)))
+            cases = [case for case in cases if case not in together]
+    return results + [judge(case, settings) for case in cases]
 
 
 def judge(case: Case, settings: Settings) -> CaseResult:
@@ -150,8 +172,9 @@ def _is_captured(case: Case) -> bool:
 
 def _fails_in_stock(case: Case, settings: Settings) -> bool:
     try:
-        run = _compiled(case, "inductor", dynamic=False)
-        _outputs(run, case, 0, 2, settings.backward and _is_differentiable(case))
+        for history in ("static", _many(settings)):
+            run = _compiled(case, "inductor", history)
+            _outputs(run, case, 0, 2, settings.backward and _is_differentiable(case))
     except Exception:  # its own bug, or a sample that eager does not take on this device
         return True
     return False
@@ -178,10 +201,10 @@ def _verdict(found: list[Certificate]) -> str:
 def _compared(case: Case, settings: Settings) -> dict[str, Any]:
     first_certificate = len(certificates())
     backward = settings.backward and _is_differentiable(case)
-    rows, batches = (ROWS, _BATCHES) if case.mapped else (1, (1,))
-    run = _compiled(case, settings.backend, dynamic=False)
+    rows, batches = (ROWS, BATCHES) if case.mapped else (1, (1,))
+    run = _compiled(case, settings.backend, "static")
     alone = [_outputs(run, case, row, row + 1, backward) for row in range(rows)]
-    run = _compiled(case, settings.backend, dynamic=True)
+    run = _compiled(case, settings.backend, _many(settings))
     together = {n: _outputs(run, case, 0, n, backward) for n in batches}
     made = certificates()[first_certificate:]
     drawn = any(entry.form.startswith("Drawn") for one in made for entry in one.entries)
@@ -198,9 +221,24 @@ def _compared(case: Case, settings: Settings) -> dict[str, Any]:
     return {"verdict": _verdict(made), "rows": compared, "near_eager": near}
 
 
-def _compiled(case: Case, backend: str, *, dynamic: bool) -> Callable[..., Any]:
+def _many(settings: Settings) -> str:
+    """How the compile for many rows sees their sizes."""
+    return "dynamic" if settings.dynamic else "batch"
+
+
+def _compiled(case: Case, backend: str, history: str) -> Callable[..., Any]:
+    """``history``: "static"; "dynamic", all sizes as symbols; "batch", that size alone, if the case has one."""
     torch._dynamo.reset()
-    return torch.compile(case.call, backend=backend, dynamic=dynamic, fullgraph=True)
+    if history != "batch" or not case.mapped:
+        return torch.compile(case.call, backend=backend, dynamic=history != "static", fullgraph=True)
+    compiled = torch.compile(case.call, backend=backend, fullgraph=True)
+
+    def run(*inputs: Tensor) -> Any:
+        for position in case.mapped:
+            torch._dynamo.maybe_mark_dynamic(inputs[position], 0)
+        return compiled(*inputs)
+
+    return run
 
 
 def _outputs(run: Callable[..., Any], case: Case, first: int, past: int, backward: bool) -> list[Tensor]:

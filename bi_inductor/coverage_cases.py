@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from bi_inductor.errors import MissingDependencyError
 
-#: Rows of the largest batch.
-ROWS = 7
+#: Batch sizes, the largest first: it is what the code is compiled for.
+BATCHES = (7, 3, 2)
+ROWS = BATCHES[0]
 #: Samples looked at per op; some ops have thousands.
 _SAMPLES_SEEN = 64
 #: Below this, eager's rows count as equal: its own sums follow the batch.
@@ -42,6 +43,23 @@ class Case:
     def arguments(self, first: int, past: int) -> list[Tensor]:
         """Fresh copies of the inputs, of the rows first ... past - 1."""
         return [x[first:past].clone() if i in self.mapped else x.clone() for i, x in enumerate(self.inputs)]
+
+
+def joined(cases: Sequence[Case]) -> Case:
+    """One case that calls each of ``cases`` with its own inputs, and returns all results."""
+    counts = [len(case.inputs) for case in cases]
+
+    def call(*tensors: Tensor) -> list[Any]:
+        results = []
+        for case, count in zip(cases, counts, strict=True):
+            results.append(case.call(*tensors[:count]))
+            tensors = tensors[count:]
+        return results
+
+    starts = itertools.accumulate(counts, initial=0)
+    mapped = frozenset(first + i for case, first in zip(cases, starts, strict=False) for i in case.mapped)
+    lift = "+".join(case.lift for case in cases)
+    return Case(cases[0].sample, lift, call, sum((case.inputs for case in cases), ()), mapped)
 
 
 def entries(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -147,16 +165,19 @@ def _varied(x: Tensor) -> Tensor:
 
 
 def _has_rows(case: Case) -> bool:
-    """True if eager mode gives each row, up to rounding, whatever stands beside it."""
+    """True if eager mode gives each row, up to rounding, whatever stands beside it, at every batch size."""
     try:
-        together = tensors_in(case.call(*case.arguments(0, ROWS)))
         alone = [tensors_in(case.call(*case.arguments(row, row + 1))) for row in range(ROWS)]
+        return all(_are_rows(tensors_in(case.call(*case.arguments(0, n))), alone[:n]) for n in BATCHES)
     except Exception:  # sizes that do not fit: this sample has no rows
         return False
-    if not together or any(x.dim() == 0 or x.shape[0] != ROWS for x in together):
+
+
+def _are_rows(together: list[Tensor], alone: list[list[Tensor]]) -> bool:
+    if not together or any(x.dim() == 0 or x.shape[0] != len(alone) for x in together):
         return False
     return all(
-        x.shape == y[row : row + 1].shape and close(x, y[row : row + 1])
+        close(x, y[row : row + 1])
         for row, outputs in enumerate(alone)
         for x, y in zip(outputs, together, strict=True)
     )
@@ -168,7 +189,9 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding, NaN for NaN."""
+    """Equal up to rounding, NaN for NaN, in shape and dtype."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
     if not (a.is_floating_point() or a.is_complex()):
         return bool(torch.equal(a, b))
-    return torch.allclose(a, b.to(a.dtype), rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+    return torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)

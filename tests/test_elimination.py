@@ -59,6 +59,13 @@ def test_a_singular_matrix_is_an_error_where_it_is_one_for_stock(matrix):
     assert error("batchinv") == error("aot_eager")
 
 
+def test_a_system_without_rows_keeps_the_batch():
+    """The right-hand side is one for all: the batch is that of the matrices."""
+    a = torch.zeros(3, 0, 0)
+    assert compiled(torch.func.vmap(torch.cholesky_inverse))(a).shape == (3, 0, 0)
+    assert compiled(torch.linalg.solve)(a, torch.zeros(0, 2)).shape == (3, 0, 2)
+
+
 def test_larger_ones_are_refused_with_the_limit():
     with pytest.raises(BatchInvarianceError, match="16"):
         compiled(torch.linalg.det)(torch.randn(1, 17, 17))

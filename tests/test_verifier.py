@@ -366,6 +366,9 @@ CORRUPTIONS = {
     ),
     "torch function": Corruption("chunks", "extern", r"(buf1) = empty_strided.*", r"\1 = torch.sum(buf0, 1)"),
     "tensor method": Corruption("chunks", "extern", r"(buf1) = empty_strided.*", r"\1 = buf0.sum(1)"),
+    "rounding by a library": Corruption(
+        "chunks", "extern", r"(buf1) = empty_strided.*", r"\1 = torch.trunc(buf0)"
+    ),
     # C++
     "another runtime": Corruption(
         "cpu softmax", "runtime", r"constexpr int kFan = 8;", "constexpr int kFan = 4;", False
@@ -511,6 +514,11 @@ SPREAD = {
         {},
     ),
     "pooling": (lambda x: F.max_pool2d(x, 2), (R(2, 3, 16, 16),), {}),
+    "sizes that are computed": (
+        lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"),
+        (R(2, 3, 13, 11),),
+        {"dynamic": True},
+    ),
     "half sums": (lambda x: (x.sum(-1), x.mean(0), x.softmax(-1)), (R(40, 3000).half(),), {}),
     "counts cut in chunks": (lambda x: (x > 0).sum(-1), (R(3, 40000),), {}),
     "cut in chunks": (lambda x: (x.var(-1), x.logsumexp(-1)), (R(4, 40000),), {}),

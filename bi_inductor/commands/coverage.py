@@ -25,7 +25,8 @@ EXAMPLE = """examples:
   python -m bi_inductor coverage --resume coverage.jsonl --shard 1/4
 
 Each sample of an op is compiled as it is, where its rows do not see each other, and for one sample lifted over a batch
-by torch.func.vmap. Needs what torch's own tests need: pip install expecttest.
+by torch.func.vmap; all of them together, and where something is wrong with that each by itself.
+Needs what torch's own tests need: pip install expecttest.
 Exit code 1: some row changed its bits, or an op ended in an error."""
 
 _FIELDS = ("op", "target", "verdict", "cases", "refused", "rows", "changed", "seconds", "reason")
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpu", help="cpu or cuda: compare bits; sm_90 ...: generate code")
     parser.add_argument("--lower-only", action="store_true", help="generate code for the CPU, run nothing")
     parser.add_argument("--backward", action="store_true", help="gradients of the inputs too")
+    parser.add_argument("--dynamic", action="store_true", help="all sizes as symbols, not the batch alone")
     parser.add_argument("--samples", type=int, default=2, help="per op (default: %(default)s)")
     parser.add_argument("--backend", default="batchinv", help="batchinv or inductor (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=120, help="seconds per op (default: %(default)s)")
@@ -52,7 +54,12 @@ def run(options: argparse.Namespace) -> int:
     from bi_inductor.coverage_pool import judged
 
     settings = Settings(
-        options.target, options.backend, options.samples, options.backward, options.lower_only
+        options.target,
+        options.backend,
+        options.samples,
+        options.backward,
+        options.lower_only,
+        options.dynamic,
     )
     _check(options, settings)
     names = _names(options)
@@ -108,7 +115,9 @@ def _read(path: str | None) -> list[OpResult]:
         return []
     lines = Path(path).read_text().splitlines()
     try:
-        return [OpResult.from_json(json.loads(line)) for line in lines]
+        return list(
+            {found.op: found for found in (OpResult.from_json(json.loads(line)) for line in lines)}.values()
+        )
     except (ValueError, TypeError, KeyError) as error:
         raise CommandError(f"{path} was not written by this command") from error
 
@@ -154,7 +163,7 @@ def _row(result: OpResult) -> dict[str, Any]:
         "op": result.op,
         "target": result.target,
         "verdict": result.verdict,
-        "cases": len(result.cases),
+        "cases": sum(result.counts.values()),
         "refused": result.counts.get("refused", 0),
         "rows": result.rows,
         "changed": sum(case.changed for case in result.cases),

@@ -74,7 +74,7 @@ def _substituted(a: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
     """x with a x = b for triangular ``a``."""
     count = int(a.shape[-1])
     if count == 0:
-        return b.clone()
+        return b.expand(torch.broadcast_shapes(b.shape, (*a.shape[:-2], 1, 1))).clone()
     rows, found = _rows(count, a), []
     for k in reversed(range(count)) if upper else range(count):
         x = b[..., k : k + 1, :]

@@ -12,11 +12,12 @@ from .finding import Report
 from .lengths import Values, values_of
 from .syntax import dotted
 
-#: Operators called by name that move or seed; every other call of a library is refused.
+#: Operators called by name that move or seed, and arithmetic of sizes; every other call of a library is refused.
 LIBRARY_CALLS = frozenset(
     """aten.copy_ aten.copy_.default aten.randint.low_out aten.set_.source_Tensor aten.view.dtype torch.device
     torch.cuda._DeviceGuard torch.cuda.set_device torch.cuda.synchronize torch.cuda.current_stream torch.cuda.stream
     torch.ops.inductor._reinterpret_tensor inductor_ops.accumulate_grad_ torch.empty_strided torch.Size
+    torch.sym_float torch.sym_int torch.sym_max torch.sym_min torch.sym_ite torch.sym_not torch._sym_sqrt
     inductor_ops.resize_storage_bytes_ torch.Stream torch.Event torch.tensor
     torch.ops.aten._linalg_check_errors.default
     torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
@@ -147,7 +148,7 @@ class Wrapper:
         elif root in _LIBRARIES:
             if name not in LIBRARY_CALLS and not self._has_one_answer(name):
                 self._note("extern", node)
-        elif isinstance(node.func, ast.Attribute) and _is_tensor_method(node.func.attr):
+        elif isinstance(node.func, ast.Attribute) and root != "math" and _is_tensor_method(node.func.attr):
             self._note("extern", node)
 
     def _note(self, rule: str, node: ast.AST) -> None:

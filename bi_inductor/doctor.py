@@ -3,7 +3,8 @@
 That the chain of K steps alone decides the bits of a tensor core's sums is a property of hardware and compiler. It was
 measured on an H100; here it is measured where it is relied on. For each kind of product one graph is compiled that
 holds it once for every selectable tile and several lengths of K, tails among them; operands are random with wide
-exponents, and outputs are compared bit for bit. One class of bits for each K is what the contract needs.
+exponents, 16-bit results are made to show the fp32 sums behind them, and outputs are compared bit for bit. One class
+of bits for each K is what the contract needs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from bi_inductor.targets import TARGETS
 from bi_inductor.templates import quantized_tiles, tile_table
 from bi_inductor.templates.tile_table import Tile
+from bi_inductor.testing import with_cancellation
 
 #: No multiples of a tile, so that edges are computed too.
 ROWS, COLUMNS = 136, 272
@@ -188,18 +190,23 @@ def summarise(kind: Kind, digests: Sequence[Sequence[str]], families: Sequence[s
 
 
 def operands(dtype: torch.dtype, depth: int, device: str) -> tuple[Tensor, Tensor]:
-    """x [ROWS, depth] and weight [COLUMNS, depth]: both signs, exponents over 16 binades (8 for 8-bit floats)."""
+    """x [ROWS, K] and weight [COLUMNS, K]: both signs, exponents over 16 binades (8 for fp16 and 8-bit floats).
+
+    K is ``depth``, and 2 * COLUMNS more for 16-bit floats: the terms of :func:`with_cancellation`.
+    """
     generator = torch.Generator().manual_seed(depth)
 
     def random(rows: int) -> Tensor:
         if dtype == torch.int8:
             return torch.randint(-128, 128, (rows, depth), generator=generator, dtype=dtype)
-        spread = 4 if dtype.itemsize == 1 else 8
+        spread = 4 if dtype == torch.float16 or dtype.itemsize == 1 else 8
         exponents = torch.randint(-spread, spread, (rows, depth), generator=generator)
         values = torch.randn(rows, depth, generator=generator, dtype=torch.float64).clamp(-3, 3)
         return (values * torch.exp2(exponents.double())).to(dtype)
 
-    return random(ROWS).to(device), random(COLUMNS).to(device)
+    pair = random(ROWS), random(COLUMNS)
+    x, weight = with_cancellation(*pair) if dtype.itemsize == 2 else pair
+    return x.to(device), weight.to(device)
 
 
 def _digest(x: Tensor) -> str:

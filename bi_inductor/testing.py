@@ -53,6 +53,20 @@ def ulp_distance(a: Tensor, b: Tensor) -> int:
     return int((ordered(a) - ordered(b)).abs().max())
 
 
+def with_cancellation(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands whose bf16 or fp16 products ``x @ weight.t()`` show the last bits of the wide sums behind them.
+
+    A result of 8 bits hides in which of two ways its sum of 24 was rounded, but for one element in 2**16. So each
+    sum of ``x`` [M, K] and ``weight`` [N, K] is given minus its own value as two more terms: what is left to be
+    rounded is its error. Returns [M, K + 2 N] and [N, K + 2 N] of the operands' dtype.
+    """
+    exact = x.double() @ weight.double().t()
+    high = exact.to(x.dtype)
+    low = (exact - high.double()).to(x.dtype)
+    minus = -torch.eye(weight.shape[0], dtype=x.dtype, device=x.device)
+    return torch.cat([x, high, low], 1), torch.cat([weight, minus, minus], 1)
+
+
 def _rows(output: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 

@@ -14,8 +14,7 @@ from .certificate import SCHEMA_VERSION, Certificate, Entry, Level
 from .dry_run import DryRun, SpecializedBatchError
 from .errors import BatchInvarianceError, OptionError
 from .numerics import Comparison
-
-ROW_MIXING = "ROW-MIXING"
+from .row_mixing import ROW_MIXING, Cause, FollowedRun, OutputRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +22,33 @@ class BatchCheck:
     """What came of compiling once more with the size of dimension ``dim`` of the inputs as a symbol.
 
     ``holds``: the graph with the symbol is the graph of the example, op for op, so its orders hold for every batch
-    size from 2 on that fulfils ``guards``. ``reason``: why it does not. ``row_mixing``: ops whose reduced length has
-    the symbol in it, as "op form source": by definition they add across rows.
+    size from 2 on that fulfils ``guards``. ``reason``: why it does not. ``outputs``: of each graph, what it returns to
+    the user (a backward: all), where the rows of it are, and through which ops a row can see another; empty if the
+    batch became a constant.
     """
 
     dim: int
     size: int
     holds: bool
     reason: str = ""
-    row_mixing: tuple[str, ...] = ()
+    outputs: tuple[tuple[OutputRows, ...], ...] = ()
     guards: tuple[str, ...] = ()
+
+    @property
+    def row_mixing(self) -> tuple[Cause, ...]:
+        """Every op through which a row can see another, once; empty if each output's rows are apart."""
+        found = (cause for graph in self.outputs for output in graph for cause in output.mixing)
+        return tuple(dict.fromkeys(found))
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> BatchCheck:
+        """Of a JSON object. Raises KeyError and TypeError for another one."""
+
+        def output(each: dict[str, Any]) -> OutputRows:
+            return OutputRows(**{**each, "mixing": tuple(Cause(**cause) for cause in each["mixing"])})
+
+        outputs = tuple(tuple(map(output, graph)) for graph in fields["outputs"])
+        return cls(**{**fields, "outputs": outputs, "guards": tuple(fields["guards"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +101,7 @@ class Certification:
         """The inverse of ``to_json``. Raises ValueError for what is no such document, or was changed."""
         try:
             fields = json.loads(text)
-            batch = fields["batch"] and BatchCheck(**certificate_of.frozen(fields["batch"]))
+            batch = BatchCheck.from_fields(fields["batch"]) if fields["batch"] else None
             made = tuple(Certificate.from_json(json.dumps(each)) for each in fields["certificates"])
             read = cls(fields["target"], made, batch)
         except (KeyError, TypeError) as error:
@@ -103,13 +119,19 @@ class Certification:
 
 def _batch_lines(batch: BatchCheck) -> list[str]:
     how = f"batch (dimension {batch.dim}, here {batch.size}) as a symbol: "
-    if not batch.holds:
-        return [f"{how}NOT SHOWN: {batch.reason}"]
-    said = "no order depends on it" if not batch.row_mixing else "rows are mixed, by definition, in"
     narrowed = f" (where {', '.join(batch.guards)})" if batch.guards else ""
+    said = f"the same graph{narrowed}" if batch.holds else f"NOT SHOWN: {batch.reason}"
+    lines = (line for graph in batch.outputs for output in graph for line in _output_lines(output))
+    return [how + said, *lines]
+
+
+def _output_lines(output: OutputRows) -> list[str]:
+    if not output.mixing:
+        return [f"  output {output}"]
+    causes = dict.fromkeys(map(str, output.mixing))
     return [
-        f"{how}the same graph{narrowed}; {said}",
-        *(f"  {ROW_MIXING} {line}" for line in batch.row_mixing),
+        f"  output {output.name}: {ROW_MIXING}: a row can see another",
+        *(f"    through {cause}" for cause in causes),
     ]
 
 
@@ -128,26 +150,37 @@ def certify(
 
     Code is generated for ``target`` ("cpu" or a GPU, which need not exist), read by the verifier, and not run. With a
     ``batch_dim``, that dimension of every tensor argument that has the size of the first one's there is the batch;
-    the function is compiled once more with its size as a symbol, and forms that hold the symbol are ROW-MIXING.
+    the function is compiled once more with its size as a symbol, and ``batch.outputs`` says of each output whether any
+    row can see another, and through which op: ``row_mixing`` follows the rows through the graph that is lowered.
     ``ir``: also rebuild the orders from the compiler's IR (GPU targets; needs numpy; seconds to minutes).
     Other arguments as for ``inspect``. Raises what ``inspect`` raises.
 
     >>> trained, served = certify(model, x, backward=True), certify(model, x)
     >>> assert trained.same_numerics(served)
     """
-    run = DryRun(target, bool(dynamic), options, backward)
-    made = _certificates(run, fn, args, kwargs, ir=ir)
+    made = _certificates(DryRun(target, bool(dynamic), options, backward), fn, args, kwargs, ir=ir)
     if batch_dim is None:
         return Certification(target, made)
-    size = dataclasses.replace(run, batch_dim=batch_dim).batch_size(args, kwargs)
+    run = FollowedRun(target, bool(dynamic), options, backward, batch_dim=batch_dim)
+    size = run.batch_size(args, kwargs)
     try:
-        symbolic = _certificates(dataclasses.replace(run, batch_dim=batch_dim), fn, args, kwargs)
+        symbolic = _certificates(run, fn, args, kwargs)
     except SpecializedBatchError as error:
         return Certification(target, made, BatchCheck(batch_dim, size, False, str(error)))
-    batch = _compare_with_symbol(made, symbolic, batch_dim, size)
+    guards = tuple(dict.fromkeys(guard for each in symbolic for guard in each.guards))
+    outputs = tuple(_returned(*pair) for pair in zip(symbolic, run.outputs, strict=True))
+    reason = _difference(made, symbolic)
+    batch = BatchCheck(batch_dim, size, not reason, reason, outputs, guards)
     if batch.holds:
-        made = tuple(_marked(*pair) for pair in zip(made, symbolic, strict=True))
+        nodes = {cause.node for cause in batch.row_mixing}
+        made = tuple(_marked(*pair, nodes) for pair in zip(made, symbolic, strict=True))
     return Certification(target, made, batch)
+
+
+def _returned(made: Certificate, outputs: tuple[OutputRows, ...]) -> tuple[OutputRows, ...]:
+    """Those of ``outputs`` that the user gets, in his order: not what a training graph saves for its backward."""
+    by_name = {output.name: output for output in outputs}
+    return tuple(by_name[name] for name in made.outputs)
 
 
 def _certificates(
@@ -196,28 +229,23 @@ def _with_ir(source: str, made: Certificate, target: str) -> Certificate:
     return dataclasses.replace(made, entries=entries, kernels=kernels)
 
 
-def _compare_with_symbol(
-    made: tuple[Certificate, ...], symbolic: tuple[Certificate, ...], dim: int, size: int
-) -> BatchCheck:
+def _difference(made: tuple[Certificate, ...], symbolic: tuple[Certificate, ...]) -> str:
+    """Where the graphs with the symbol are not those of the example; empty if they are, op for op."""
     if len(made) != len(symbolic):
-        return BatchCheck(dim, size, holds=False, reason=f"{len(made)} graphs against {len(symbolic)}")
-    for ours, theirs in zip(made, symbolic, strict=True):
-        compared = numerics.compare(ours, theirs)
-        if not compared:
-            return BatchCheck(dim, size, holds=False, reason=compared.reason)
-    mixing = (entry for each in symbolic for entry in each.entries if entry.example)
-    guards = dict.fromkeys(guard for each in symbolic for guard in each.guards)
-    return BatchCheck(dim, size, True, "", tuple(dict.fromkeys(map(_shown, mixing))), tuple(guards))
+        return f"{len(made)} graphs against {len(symbolic)}"
+    compared = (numerics.compare(ours, theirs) for ours, theirs in zip(made, symbolic, strict=True))
+    return next((each.reason for each in compared if not each), "")
 
 
-def _shown(entry: Entry) -> str:
-    return " ".join(filter(None, [entry.op, entry.form, entry.source]))
-
-
-def _marked(made: Certificate, symbolic: Certificate) -> Certificate:
-    """``made`` with ROW-MIXING for the ops whose form has a symbol in ``symbolic``: the same graph, op for op."""
+def _marked(made: Certificate, symbolic: Certificate, nodes: set[str]) -> Certificate:
+    """``made`` with ROW-MIXING for its ops with a form through which a row can see another: those of ``symbolic`` that
+    are among ``nodes``, or whose form has the symbol."""
     alike, _, _ = numerics.pairs(made, symbolic)
-    mixing = {ours.entry.name for ours, theirs in alike if theirs.entry.example}
+    mixing = {
+        ours.entry.name
+        for ours, theirs in alike
+        if ours.entry.form and (theirs.entry.example or theirs.entry.name in nodes)
+    }
     entries = tuple(
         dataclasses.replace(entry, verdict=ROW_MIXING) if entry.name in mixing else entry
         for entry in made.entries

@@ -145,10 +145,14 @@ class DryRun:
                 return load(graph)
             wrapper, _ = graph.codegen_with_cpp_wrapper() if graph.cpp_wrapper else graph.codegen()
             sources.append(wrapper.value)
+            self._look_at(graph)
             return types.SimpleNamespace(call=self._runnable(wrapper.value, originals), __file__="<dry run>")
 
         with mock.patch.object(GraphLowering, "compile_to_module", record):
             yield sources
+
+    def _look_at(self, graph: Any) -> None:
+        """For subclasses: a graph (Inductor's GraphLowering) whose code was just generated."""
 
     def _runnable(self, source: str, originals: dict[int, Any]) -> Callable[[list[Any]], Any]:
         from torch._subclasses.fake_tensor import unset_fake_temporarily

@@ -11,6 +11,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from inspected import WIDTH, Block
+from torch import nn
 from torch._inductor.exc import InductorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -222,14 +223,58 @@ def test_a_dynamic_graph_has_the_floats_of_its_example_as_constants():
 # The batch as a symbol.
 
 
-def test_rows_that_are_mixed_are_said_to_be():
-    for batch in (1, 5):
-        made = certify(lambda x: x.softmax(-1) - x.softmax(-1).mean(0), torch.randn(batch, 64))
-        assert (
-            made.batch.holds and len(made.batch.row_mixing) == 1 and "aten.mean" in made.batch.row_mixing[0]
-        )
-        assert made.certificates[0].counts["ROW-MIXING"] == 1
-        jsonschema.validate(json.loads(made.to_json()), SCHEMA)
+def linear(x, weight):
+    return F.gelu(x @ weight).softmax(-1)
+
+
+WEIGHT = torch.randn(64, 64)
+#: Function, ops through which a row sees another (the rest of them follow), how many ops have ROW-MIXING for a verdict.
+MIXING = {
+    "batch norm in training": (
+        lambda x, weight: F.batch_norm(x, None, None, training=True), ("aten.var_mean.correction",), 1,
+    ),
+    "softmax over the batch": (lambda x, weight: x.softmax(0), ("aten.amax.default", "aten.sum.dim_IntList"), 2),
+    "the mean of a loss": (lambda x, weight: (x - 1).square().mean(), ("aten.mean.default",), 1),
+    "a transposed product": (lambda x, weight: x.t() @ x, ("aten.mm.default",), 1),
+    "similarities of rows": (lambda x, weight: x @ x.t(), ("aten.mm.default",), 1),
+    "rows turned round": (lambda x, weight: linear(x, weight).flip(0), ("prims.rev.default",), 0),
+    "none": (linear, (), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_for_each_output_it_is_said_through_which_op_rows_see_another(name):
+    fn, ops, marked = MIXING[name]
+    made = certify(lambda x, weight: (linear(x, weight), fn(x, weight)), torch.randn(5, 64), WEIGHT)
+    ((apart, output),) = made.batch.outputs
+    assert made.batch.holds and (apart.dim, apart.mixing) == (0, ())
+    assert bool(output.mixing) == bool(ops) == bool(made.batch.row_mixing)
+    assert {cause.op for cause in output.mixing} <= set(ops)
+    assert all("test_certificate.py:" in cause.source and cause.node for cause in output.mixing)
+    assert made.certificates[0].counts.get("ROW-MIXING", 0) == marked
+    assert ("ROW-MIXING: a row can see another" in str(made)) == bool(ops)
+    jsonschema.validate(json.loads(made.to_json()), SCHEMA)
+    assert Certification.from_json(made.to_json()) == made
+
+
+def test_without_the_analysis_nothing_is_called_apart(monkeypatch):
+    """The rules switched off: an op without one counts as mixing, so a clean model is not certified by default."""
+    monkeypatch.setattr(bi_inductor.row_mixing.rules, "RULES", {})
+    made = certify(linear, torch.randn(5, 64), WEIGHT)
+    assert {cause.reason for cause in made.batch.row_mixing} == {"nothing is known about it"}
+
+
+def test_gradients_of_weights_add_rows_and_those_of_inputs_do_not():
+    made = certify(nn.Linear(64, 8), torch.randn(5, 64, requires_grad=True), backward=True)
+    (forward, backward) = made.batch.outputs
+    assert [output.mixing for output in forward] == [()]
+    by_dim = {output.dim: {cause.op for cause in output.mixing} for output in backward}
+    assert by_dim[0] == set() and by_dim[None] <= {"aten.mm.default", "aten.sum.dim_IntList"}
+
+
+def test_rows_are_mixed_in_one_way_whatever_the_batch():
+    one, five = (certify(lambda x: x - x.mean(0), torch.randn(batch, 64)) for batch in (1, 5))
+    assert one.batch.outputs == five.batch.outputs
 
 
 def test_a_batch_that_decides_the_graph_is_not_shown_to_be_free():

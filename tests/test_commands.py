@@ -53,6 +53,7 @@ def test_certify_and_compare_with_what_was_written(steps, capsys, tmp_path):
     written = str(tmp_path / "made.json")
     code, out, _ = run(capsys, "certify", f"{steps}:step", "--batch", "1,5", "--output", written)
     assert code == 0 and "one digest, whatever the batch" in out and "verified in source" in out
+    assert "rows apart along dimension 0" in out and "ROW-MIXING" not in out
     jsonschema.validate(json.loads((tmp_path / "made.json").read_text()), SCHEMA)
     code, out, _ = run(
         capsys, "certify", f"{steps}:step", "--batch", "7", "--backward", "--against", written, "--json"

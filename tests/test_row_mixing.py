@@ -126,3 +126,32 @@ def test_scaled_products_exist_on_a_gpu_only(x, scale, expected):
     places = dict(zip(nodes.values(), (x, INDEPENDENT, scale, INDEPENDENT), strict=True))
     found = place_of(Step(product, places, sympy.Symbol("s0")))
     assert isinstance(found, Mixed) if expected is Mixed else found == expected
+
+
+COUNTING = {
+    "a tensor that holds it": lambda x: x * torch.full((1,), float(x.shape[0])),
+    "ones added up": lambda x: x / torch.ones(x.shape[0]).sum(),
+    "ones multiplied": lambda x: x + (torch.ones(1, x.shape[0]) @ torch.ones(x.shape[0], 1)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_the_number_of_rows_is_found_in_what_has_no_rows(name):
+    found = row_mixing(COUNTING[name], torch.randn(3, 5, 8))
+    assert [cause.reason for cause in found.causes] == ["its result follows the batch size"], str(found)
+
+
+def test_ones_for_each_row_are_no_number_of_rows():
+    assert not row_mixing(lambda x: x * torch.ones(x.shape[0], 5, 8) + torch.ones(x.shape[0], 5, 8).sum(-1, True),
+                          torch.randn(3, 5, 8))  # fmt: skip
+
+
+def test_a_branch_is_not_looked_into():
+    def fn(x):
+        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y.clone(), (x,))
+
+    assert row_mixing(fn, torch.randn(3, 5, 8))
+    opaque = row_mixing(
+        lambda x: torch.cond(W[0, 0] > 0, lambda y: y * 2, lambda y: y + 1, (x,)), torch.randn(3, 5, 8)
+    )
+    assert [cause.reason for cause in opaque.causes] == ["nothing is known about it"]

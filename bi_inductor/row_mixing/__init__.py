@@ -5,9 +5,10 @@ rule speaks about is taken to mix rows.
 
 ``place``     where the rows of a tensor are
 ``rules``     how an op moves them
-``analysis``  the dataflow, and ``row_mixing(fn, *args)``
+``analysis``  the dataflow. ``FollowedRun``: of graphs that ``certify`` compiles; ``row_mixing``: of ATen graphs alone
 """
 
-from .analysis import OutputRows, RowMixing, analyse, row_mixing
+from .analysis import ROW_MIXING, FollowedRun, OutputRows, RowMixing, analyse, row_mixing
+from .place import Cause
 
-__all__ = ["OutputRows", "RowMixing", "analyse", "row_mixing"]
+__all__ = ["ROW_MIXING", "Cause", "FollowedRun", "OutputRows", "RowMixing", "analyse", "row_mixing"]

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ..dry_run import DryRun
 from .place import INDEPENDENT, Cause, Mixed, Place, Rows
-from .rules import Step, input_place, place_of
+from .rules import Step, input_place, place_of, shape_of
 
 ROW_MIXING = "ROW-MIXING"
 
@@ -33,7 +33,7 @@ class OutputRows:
 
     def __str__(self) -> str:
         if self.mixing:
-            return f"{self.name}: {ROW_MIXING} through {'; '.join(map(str, self.mixing))}"
+            return f"{self.name}: {ROW_MIXING} through {'; '.join(dict.fromkeys(map(str, self.mixing)))}"
         return f"{self.name}: " + (
             "no rows" if self.dim is None else f"rows apart along dimension {self.dim}"
         )
@@ -64,21 +64,40 @@ def analyse(gm: GraphModule, batch: sympy.Symbol | None = None) -> tuple[OutputR
     ``batch``: the only symbol of the inputs' sizes if None. Raises ValueError if there are several. Without any, the
     batch is a constant, which nothing can be told about: every output is mixed.
     """
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    symbol = batch or _only_symbol(placeholders)
+    places = _places(gm, batch or _only_symbol(gm), {})
+    return tuple(_output(node, places[node]) for node in gm.graph.output_node().all_input_nodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """A tensor that a forward graph returns for its backward."""
+
+    shape: str
+    place: Place
+
+    def is_like(self, node: Node) -> bool:
+        return self.shape == str(tuple(shape_of(node)))
+
+
+def _places(gm: GraphModule, batch: sympy.Symbol | None, saved: dict[str, _Saved]) -> dict[Node, Place]:
+    """Of every node. ``saved``: what an earlier graph returned, by the name that it has in both."""
     places: dict[Node, Place] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            places[node] = input_place(node, symbol) if symbol is not None else _unknown(node)
+            known = saved.get(node.name)
+            if batch is None:
+                places[node] = _unknown(node)
+            else:
+                places[node] = known.place if known and known.is_like(node) else input_place(node, batch)
         elif node.op == "call_function":
-            places[node] = place_of(Step(node, places, symbol or sympy.Symbol("batch")))
+            places[node] = place_of(Step(node, places, batch or sympy.Symbol("batch")))
         else:
             places[node] = INDEPENDENT
-    return tuple(_output(node, places) for node in gm.graph.output_node().all_input_nodes)
+    return places
 
 
-def _only_symbol(placeholders: list[Node]) -> sympy.Symbol | None:
-    values = [node.meta.get("val") for node in placeholders]
+def _only_symbol(gm: GraphModule) -> sympy.Symbol | None:
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
     symbols = {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
     if len(symbols) > 1:
@@ -87,16 +106,39 @@ def _only_symbol(placeholders: list[Node]) -> sympy.Symbol | None:
 
 
 def _unknown(node: Node) -> Place:
-    return Mixed((Cause(node.name, "", "an input without a symbol for the batch size"),))
+    return Mixed((Cause(node.name, "", "an input without a symbol for the batch size", node.name),))
 
 
-def _output(node: Node, places: dict[Node, Place]) -> OutputRows:
-    place = places[node]
+def _output(node: Node, place: Place) -> OutputRows:
     if isinstance(place, Mixed):
         return OutputRows(node.name, None, place.causes)
     if isinstance(place, Rows):
         return OutputRows(node.name, place.dim, (), place.outer, place.inner)
     return OutputRows(node.name, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class FollowedRun(DryRun):
+    """A dry run whose graphs are analysed as they are lowered. ``outputs``: of each graph, in the order of compilation.
+
+    Needs a ``batch_dim``. Where several sizes of a graph are symbols, no row of it is told apart.
+    """
+
+    outputs: list[tuple[OutputRows, ...]] = dataclasses.field(default_factory=list)
+    saved: dict[str, _Saved] = dataclasses.field(default_factory=dict)
+
+    def _look_at(self, graph: Any) -> None:
+        """A backward takes from the graph before it what that saved; any other graph begins anew."""
+        nodes = graph.module.graph.output_node().all_input_nodes
+        try:
+            places = _places(
+                graph.module, _only_symbol(graph.module), self.saved if graph.is_backward else {}
+            )
+        except ValueError as error:
+            places = dict.fromkeys(nodes, Mixed((Cause("its inputs", "", str(error)),)))
+        self.outputs.append(tuple(_output(node, places[node]) for node in nodes))
+        self.saved.clear()
+        self.saved.update({node.name: _Saved(str(tuple(shape_of(node))), places[node]) for node in nodes})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,12 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Cause:
-    """An op through which one row can see another, with the user's source line."""
+    """An op through which one row can see another, with the user's source line; ``node``: its name in the graph."""
 
     op: str
     source: str
     reason: str
+    node: str = ""
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.op, f"({self.reason})", self.source]))

@@ -53,8 +53,11 @@ class Step:
     def first_rank(self) -> int:
         return len(shape_of(self.node.args[0]))
 
+    def cause(self, reason: str) -> Cause:
+        return Cause(str(self.node.target), source_line(self.node), reason, self.node.name)
+
     def mixed(self, reason: str) -> Mixed:
-        return Mixed((Cause(str(self.node.target), source_line(self.node), reason),))
+        return Mixed((self.cause(reason),))
 
     def dims(self, name: str = "dim") -> list[int]:
         """A dim, or a list of them, as positive numbers; all of them for None or an empty list."""
@@ -78,31 +81,59 @@ def place_of(step: Step) -> Place:
     already = merged(operands)
     if already is not None:
         return already
-    if not isinstance(step.node.target, torch._ops.OpOverload):
-        return step.first if step.node.target.__name__ == "getitem" else INDEPENDENT  # type: ignore[union-attr]
-    name = step.node.target._schema.name.split("::")[1]
+    target = step.node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return step.mixed("nothing is known about it") if operands else INDEPENDENT
+    if not isinstance(target, torch._ops.OpOverload):
+        return step.first if target.__name__ == "getitem" else INDEPENDENT  # type: ignore[union-attr]
+    name = target._schema.name.split("::")[1]
     if name.startswith("sym_"):  # a size; what takes one as a value is found below
         return INDEPENDENT
-    if is_pointwise(step.node.target) and _has_batch_size(step):
+    if _takes_the_batch_size(step, name):
         return step.mixed("its result follows the batch size")
     if not any(isinstance(place, Rows) for place in operands):
-        return INDEPENDENT
+        return _without_rows(step, name)
     if name in RULES:
         return RULES[name](step)
-    return _elementwise(step) if is_pointwise(step.node.target) else step.mixed("nothing is known about it")
+    return _elementwise(step) if is_pointwise(target) else step.mixed("nothing is known about it")
 
 
-def _has_batch_size(step: Step) -> bool:
-    values = [node.meta.get("val") for node in step.node.all_input_nodes]
-    return any(
-        isinstance(v, torch.SymInt | torch.SymFloat) and step.batch in v.node.expr.free_symbols
-        for v in values
+#: Ops that take sizes for values beside those that are only the extents of their results.
+_VALUES = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
+
+
+def _takes_the_batch_size(step: Step, name: str) -> bool:
+    """True if the batch size is a number that the op computes with."""
+    if name in _VALUES:
+        return _follows(step.argument(_VALUES[name]), step.batch)
+    return is_pointwise(step.node.target) and any(
+        _follows(node, step.batch) for node in step.node.all_input_nodes
     )
+
+
+def _follows(argument: Any, batch: sympy.Symbol) -> bool:
+    value = argument.meta.get("val") if isinstance(argument, Node) else argument
+    return isinstance(value, torch.SymInt | torch.SymFloat) and batch in value.node.expr.free_symbols
+
+
+def _without_rows(step: Step, name: str) -> Place:
+    """Nothing that enters has rows; but what adds up as many ones as there are rows follows their number."""
+    if name not in _READS_A_DIMENSION:
+        return INDEPENDENT
+    extents = {node: _row_shaped(node, step.batch) for node in step.node.all_input_nodes}
+    if isinstance(RULES[name](dataclasses.replace(step, places=extents)), Mixed):
+        return step.mixed("its result follows the batch size")
+    return INDEPENDENT
+
+
+def _row_shaped(node: Node, batch: sympy.Symbol) -> Place:
+    dims = [dim for dim, size in enumerate(shape_of(node)) if batches(size, batch) is not None]
+    return Rows(dims[0]) if dims else INDEPENDENT
 
 
 def _elementwise(step: Step) -> Place:
     operands = [(step.places[node], len(shape_of(node))) for node in step.node.all_input_nodes]
-    cause = Cause(str(step.node.target), source_line(step.node), "rows meet across dimensions")
+    cause = step.cause("rows meet across dimensions")
     return joined(operands, step.rank, cause)
 
 
@@ -190,7 +221,7 @@ def _concatenated(step: Step) -> Place:
     tensors = step.node.args[0]
     dim = (step.argument("dim") or 0) % step.rank
     places = [(step.place(x), step.rank) for x in tensors]  # type: ignore[union-attr]
-    cause = Cause(str(step.node.target), source_line(step.node), "it moves rows to other places")
+    cause = step.cause("it moves rows to other places")
     place = joined(places, step.rank, cause)
     return Mixed((cause,)) if isinstance(place, Rows) and place.dim == dim else place
 
@@ -214,7 +245,7 @@ def _product(step: Step) -> Place:
     added = step.argument("self") if is_added else None
     if added is None:
         return product
-    cause = Cause(str(step.node.target), source_line(step.node), "rows meet across dimensions")
+    cause = step.cause("rows meet across dimensions")
     return joined([(product, step.rank), (step.place(added), len(shape_of(added)))], step.rank, cause)
 
 
@@ -233,17 +264,15 @@ def _scaled_product(step: Step) -> Place:
     product = _product(step)
     others = [step.argument(name) for name in ("scale_a", "scale_b", "bias")]
     places = [(step.place(other), len(shape_of(other))) for other in others if other is not None]
-    cause = step.mixed("rows meet across dimensions")
-    return product if isinstance(product, Mixed) else joined([(product, 2), *places], 2, cause.causes[0])
+    cause = step.cause("rows meet across dimensions")
+    return product if isinstance(product, Mixed) else joined([(product, 2), *places], 2, cause)
 
 
 def _gather(step: Step) -> Place:
     x, index = step.first, step.place(step.argument("index"))
     if isinstance(x, Rows) and step.dims("dim") == [x.dim]:
         return step.mixed("it looks up rows")
-    return joined(
-        [(x, step.rank), (index, step.rank)], step.rank, step.mixed("rows meet across dimensions").causes[0]
-    )
+    return joined([(x, step.rank), (index, step.rank)], step.rank, step.cause("rows meet across dimensions"))
 
 
 def _indexed(step: Step) -> Place:
@@ -254,7 +283,7 @@ def _indexed(step: Step) -> Place:
     if [dim for dim, _ in used] != list(range(first, first + count)):
         return step.mixed("its indices are not side by side")
     width = max(len(shape_of(index)) for _, index in used)
-    cause = step.mixed("rows meet across dimensions").causes[0]
+    cause = step.cause("rows meet across dimensions")
     found = joined([(step.place(index), len(shape_of(index))) for _, index in used], width, cause)
     if isinstance(x, Rows):
         if isinstance(found, Rows) or first <= x.dim < first + count:
@@ -271,7 +300,7 @@ def _embedding(step: Step) -> Place:
 def _attention(step: Step) -> Place:
     """query, key, value of [batch, heads, length, width]: each batch entry and head by itself."""
     operands = [(step.places[node], len(shape_of(node))) for node in step.node.all_input_nodes]
-    cause = step.mixed("rows meet across dimensions").causes[0]
+    cause = step.cause("rows meet across dimensions")
     place = joined(operands, 4, cause)
     return (
         step.mixed("its rows attend to one another") if isinstance(place, Rows) and place.dim >= 2 else place
@@ -295,6 +324,12 @@ def _copied(step: Step) -> Place:
     return step.place(step.argument("src"))
 
 
+_REDUCTIONS = "sum mean prod amax amin any all argmax argmin var var_mean std logsumexp".split()
+_SELECTIONS = "_softmax _log_softmax sort topk kthvalue".split()
+_PRODUCTS = "mm bmm addmm baddbmm bmm_wide _int_mm".split()
+#: What reads a whole dimension. (A prefix of a scan is the same, however many rows come after it.)
+_READS_A_DIMENSION = frozenset([*_REDUCTIONS, *_SELECTIONS, *_PRODUCTS])
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         "alias clone contiguous detach convert_element_type _to_copy lift_fresh_copy device_put tril triu".split(),
@@ -306,22 +341,17 @@ RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "expand": _expand,
     **dict.fromkeys("unfold".split(), _along("it reads several rows", "dimension")),
-    **dict.fromkeys(
-        "_softmax _log_softmax cumsum cumprod block_scan topk kthvalue".split(),
-        _along("it runs over the batch"),
-    ),
-    "sort": _along("it runs over the batch"),
+    **dict.fromkeys("cumsum cumprod block_scan".split(), _along("it runs over the batch")),
+    **dict.fromkeys(_SELECTIONS, _along("it runs over the batch")),
     "flip": _along("it moves rows to other places", "dims"),
-    **dict.fromkeys(
-        "sum mean prod amax amin any all argmax argmin var var_mean std logsumexp".split(), _reduction
-    ),
+    **dict.fromkeys(_REDUCTIONS, _reduction),
     "slice": _slice,
     "select": _select,
     "cat": _concatenated,
     "constant_pad_nd": _padded,
     **dict.fromkeys("split split_with_sizes".split(), _split),
     "unbind": _unbound,
-    **dict.fromkeys("mm bmm addmm baddbmm bmm_wide _int_mm".split(), _product),
+    **dict.fromkeys(_PRODUCTS, _product),
     "scaled_product": _scaled_product,
     "gather": _gather,
     **dict.fromkeys("index _unsafe_index".split(), _indexed),

@@ -13,6 +13,7 @@ from . import numerics
 from .certificate import SCHEMA_VERSION, Certificate, Entry, Level
 from .dry_run import DryRun, SpecializedBatchError
 from .errors import BatchInvarianceError, OptionError
+from .measurement import MeasuredOn, Measurement, with_measurement
 from .numerics import Comparison
 from .row_mixing import ROW_MIXING, Cause, FollowedRun, OutputRows
 
@@ -53,11 +54,15 @@ class BatchCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Certification:
-    """Certificates of all graphs of a function for ``target``, in the order of compilation."""
+    """Certificates of all graphs of a function for ``target``, in the order of compilation.
+
+    ``measured``: the GPU that claims with the level "measured on this GPU" are about, and its versions.
+    """
 
     target: str
     certificates: tuple[Certificate, ...]
     batch: BatchCheck | None = None
+    measured: MeasuredOn | None = None
 
     @property
     def digest(self) -> str:
@@ -92,6 +97,7 @@ class Certification:
             "target": self.target,
             "digest": self.digest,
             "batch": dataclasses.asdict(self.batch) if self.batch else None,
+            "measured": dataclasses.asdict(self.measured) if self.measured else None,
             "certificates": [json.loads(made.to_json()) for made in self.certificates],
         }
         return json.dumps(fields, indent=1)
@@ -103,7 +109,8 @@ class Certification:
             fields = json.loads(text)
             batch = BatchCheck.from_fields(fields["batch"]) if fields["batch"] else None
             made = tuple(Certificate.from_json(json.dumps(each)) for each in fields["certificates"])
-            read = cls(fields["target"], made, batch)
+            measured = MeasuredOn(**fields["measured"]) if fields["measured"] else None
+            read = cls(fields["target"], made, batch, measured)
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no certification of batchinv: {error!r}") from error
         if fields["digest"] != read.digest:
@@ -114,6 +121,8 @@ class Certification:
         lines = [f"batchinv certification for {self.target}", f"digest {self.digest}"]
         if self.batch is not None:
             lines += _batch_lines(self.batch)
+        if self.measured is not None:
+            lines.append(str(self.measured))
         return "\n\n".join(["\n".join(lines), *map(str, self.certificates)])
 
 
@@ -144,6 +153,7 @@ def certify(
     options: dict[str, Any] | None = None,
     backward: bool = False,
     ir: bool = False,
+    measured: Measurement | None = None,
     **kwargs: Any,
 ) -> Certification:
     """Why ``torch.compile(fn, backend="batchinv")`` cannot depend on the batch, for ``fn(*args, **kwargs)``.
@@ -153,28 +163,45 @@ def certify(
     the function is compiled once more with its size as a symbol, and ``batch.outputs`` says of each output whether any
     row can see another, and through which op: ``row_mixing`` follows the rows through the graph that is lowered.
     ``ir``: also rebuild the orders from the compiler's IR (GPU targets; needs numpy; seconds to minutes).
-    Other arguments as for ``inspect``. Raises what ``inspect`` raises.
+    ``measured``: ``Measurement.from_json`` of what ``doctor --json`` wrote; products whose tiles it has in one class of
+    bits are "measured on this GPU", if GPU and versions are those of the target. Other arguments as for ``inspect``.
+    Raises what ``inspect`` raises.
 
     >>> trained, served = certify(model, x, backward=True), certify(model, x)
     >>> assert trained.same_numerics(served)
     """
-    made = _certificates(DryRun(target, bool(dynamic), options, backward), fn, args, kwargs, ir=ir)
+    run = DryRun(target, bool(dynamic), options, backward)
+    made = _certificates(run, fn, args, kwargs, ir=ir, measured=measured)
+    on = measured.about(made[0].environment) if measured else None
     if batch_dim is None:
-        return Certification(target, made)
-    run = FollowedRun(target, bool(dynamic), options, backward, batch_dim=batch_dim)
-    size = run.batch_size(args, kwargs)
+        return Certification(target, made, None, on)
+    made, batch = _with_batch(
+        made, FollowedRun(target, bool(dynamic), options, backward, batch_dim=batch_dim), fn, args, kwargs
+    )
+    return Certification(target, made, batch, on)
+
+
+def _with_batch(
+    made: tuple[Certificate, ...],
+    run: FollowedRun,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Certificate, ...], BatchCheck]:
+    """``made`` with its ROW-MIXING ops, and what ``run``, which has the batch as a symbol, shows about the batch."""
+    dim, size = run.batch_dim or 0, run.batch_size(args, kwargs)
     try:
         symbolic = _certificates(run, fn, args, kwargs)
     except SpecializedBatchError as error:
-        return Certification(target, made, BatchCheck(batch_dim, size, False, str(error)))
+        return made, BatchCheck(dim, size, False, str(error))
     guards = tuple(dict.fromkeys(guard for each in symbolic for guard in each.guards))
     outputs = tuple(_returned(*pair) for pair in zip(symbolic, run.outputs, strict=True))
     reason = _difference(made, symbolic)
-    batch = BatchCheck(batch_dim, size, not reason, reason, outputs, guards)
+    batch = BatchCheck(dim, size, not reason, reason, outputs, guards)
     if batch.holds:
         nodes = {cause.node for cause in batch.row_mixing}
         made = tuple(_marked(*pair, nodes) for pair in zip(made, symbolic, strict=True))
-    return Certification(target, made, batch)
+    return made, batch
 
 
 def _returned(made: Certificate, outputs: tuple[OutputRows, ...]) -> tuple[OutputRows, ...]:
@@ -184,17 +211,26 @@ def _returned(made: Certificate, outputs: tuple[OutputRows, ...]) -> tuple[Outpu
 
 
 def _certificates(
-    run: DryRun, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, ir: bool = False
+    run: DryRun,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    ir: bool = False,
+    measured: Measurement | None = None,
 ) -> tuple[Certificate, ...]:
     if ir and run.target == "cpu":
         raise OptionError("orders are rebuilt from Triton's IR: give a GPU as the target")
     sources, _ = run(fn, args, kwargs)
     if not sources:
         raise ValueError(f"{fn} was not compiled at all: Dynamo skips such functions and runs them eagerly")
-    made = [(source, certificate_of.extract(source)) for source in sources]
-    return tuple(
-        _with_ir(source, each, run.target) if ir else each for source, each in made if each is not None
-    )
+    certificates = []
+    for source in sources:
+        made = certificate_of.extract(source)
+        if made is not None:
+            made = _with_ir(source, made, run.target) if ir else made
+            certificates.append(with_measurement(made, source, measured) if measured else made)
+    return tuple(certificates)
 
 
 def _with_ir(source: str, made: Certificate, target: str) -> Certificate:

@@ -132,13 +132,17 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How many classes of bits the tiles of one kind gave; a family's own row has its name in ``family``."""
+    """How many classes of bits the tiles of one kind gave; a family's own row has its name in ``family``.
+
+    ``shapes``: the tiles, as ``Tile.key``.
+    """
 
     kind: str
     family: str
     tiles: int
     depths: tuple[int, ...]
     classes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -169,15 +173,18 @@ def examine(
         tiles = tuple(dict.fromkeys(kind.tiles(10 * major + minor)))
     pairs = [operands(kind.dtype, depth, device) for depth in kind.depths]
     outputs, families = _run(kind, tiles, pairs, execute or _on_the_gpu)
-    return summarise(kind, [[_digest(x) for x in row] for row in outputs], families)
+    return summarise(kind, [[_digest(x) for x in row] for row in outputs], families, tiles)
 
 
-def summarise(kind: Kind, digests: Sequence[Sequence[str]], families: Sequence[str]) -> list[Result]:
+def summarise(
+    kind: Kind, digests: Sequence[Sequence[str]], families: Sequence[str], tiles: Sequence[Tile] = ()
+) -> list[Result]:
     """``digests[i][j]``: of the output for the i-th K with the j-th tile; ``families[j]``: of that tile."""
 
     def result(name: str, chosen: Sequence[int]) -> Result:
         classes = tuple(len({row[j] for j in chosen}) for row in digests)
-        return Result(kind.name, name, len(chosen), kind.depths, classes)
+        shapes = tuple(tiles[j].key for j in chosen) if tiles else ()
+        return Result(kind.name, name, len(chosen), kind.depths, classes, shapes)
 
     names = list(dict.fromkeys(families))
     whole = result(" + ".join(names), range(len(families)))

@@ -12,12 +12,14 @@ from bi_inductor.commands.reporting import CommandError, one_line, progress
 
 if TYPE_CHECKING:
     from bi_inductor.certification import Certification
+    from bi_inductor.measurement import Measurement
 
 SUMMARY = "Certify that a function computes one thing at every batch size, without running it."
 EXAMPLE = f"""examples:
   python -m bi_inductor certify model.py:step --batch 1,64 --target sm_90
   python -m bi_inductor certify train.py:step --batch 32 --backward --output trained.json
   python -m bi_inductor certify serve.py:step --batch 1 --against trained.json
+  python -m bi_inductor certify serve.py:step --batch 1 --measured h100.json
 
 {script.FUNCTION_HELP} No GPU is needed. Each batch size is compiled as it is and with the size as a symbol.
 Exit code 1: refused, digests differ, the batch became a constant, or the other certification computes other bits."""
@@ -36,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ir", action="store_true", help="rebuild orders from the compiler's IR too (GPU targets)"
     )
+    parser.add_argument(
+        "--measured", metavar="FILE.json", type=Path, help="what doctor --json wrote on the target's GPU"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,8 +50,9 @@ def run(options: argparse.Namespace) -> int:
     other = _read(options.against) if options.against else None
     if options.output and not options.output.resolve().parent.is_dir():
         raise CommandError(f"there is no directory {options.output.parent} to write {options.output.name} to")
+    measured = _read_measurement(options.measured) if options.measured else None
     loaded = script.load(options.function)
-    made = {batch: _certify(loaded, batch, options) for batch in batches}
+    made = {batch: _certify(loaded, batch, options, measured) for batch in batches}
     if options.output:
         options.output.write_text(made[batches[0]].to_json(), encoding="utf-8")
     differences = _differences(made, other, options.against)
@@ -54,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-def _certify(loaded: script.Script, batch: int, options: argparse.Namespace) -> Certification:
+def _certify(
+    loaded: script.Script, batch: int, options: argparse.Namespace, measured: Measurement | None
+) -> Certification:
     from bi_inductor.certification import certify
 
     progress(f"certifying at batch {batch}")
@@ -68,7 +76,17 @@ def _certify(loaded: script.Script, batch: int, options: argparse.Namespace) -> 
             dynamic=options.dynamic,
             backward=options.backward,
             ir=options.ir,
+            measured=measured,
         )
+
+
+def _read_measurement(path: Path) -> Measurement:
+    from bi_inductor.measurement import Measurement
+
+    try:
+        return Measurement.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _read(path: Path) -> Certification:

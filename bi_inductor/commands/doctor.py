@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from bi_inductor.doctor import Kind, Result
 
 SUMMARY = "Check on this GPU that every tile of a matrix product gives the same bits."
-EXAMPLE = """example:
-  python -m bi_inductor doctor --kinds bfloat16,float8_e4m3fn"""
+EXAMPLE = """examples:
+  python -m bi_inductor doctor --kinds bfloat16,float8_e4m3fn
+  python -m bi_inductor doctor --json > h100.json    (for certify --measured h100.json)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +102,11 @@ def _as_json(results: list[Result]) -> dict[str, object]:
     import torch
     import triton
 
+    from bi_inductor.measurement import driver_version
+
     return {
         "gpu": torch.cuda.get_device_name(),
+        "driver": driver_version(),
         "torch": str(torch.__version__),
         "triton": triton.__version__,
         "agree": agree(results),

@@ -1,0 +1,166 @@
+"""What a doctor measured raises the level of the kernels it was measured for, on that GPU and those versions alone."""
+
+import json
+
+import jsonschema
+import pytest
+import torch
+import triton
+from test_certificate import SCHEMA
+
+from bi_inductor import certify, doctor, inspect, measurement
+from bi_inductor.certificate import Level
+from bi_inductor.cli import main
+from bi_inductor.measurement import Measurement, driver_version, tiles_of
+from bi_inductor.templates import quantized_tiles, tile_table
+
+A, B = torch.randn(37, 256).bfloat16(), torch.randn(256, 64).bfloat16()
+
+
+def written(**changes):
+    """A doctor's JSON of an H100 on which every kind gave one class."""
+    results = [
+        {
+            "kind": kind.name,
+            "family": "wgmma k16",
+            "tiles": len(kind.tiles(90)),
+            "depths": kind.depths,
+            "classes": [1] * len(kind.depths),
+            "shapes": [tile.key for tile in kind.tiles(90)],
+        }
+        for kind in doctor.KINDS
+    ]
+    fields = {"gpu": "NVIDIA H100 80GB HBM3", "driver": "570.86.15", "torch": str(torch.__version__),
+              "triton": triton.__version__, "agree": True, "results": results}  # fmt: skip
+    return json.dumps({**fields, **changes})
+
+
+def changed(kind, **fields):
+    results = json.loads(written())["results"]
+    return written(results=[{**each, **fields} if each["kind"] == kind else each for each in results])
+
+
+def levels(fn, *args, text, **options):
+    made = certify(fn, *args, batch_dim=None, measured=Measurement.from_json(text), **options)
+    jsonschema.validate(json.loads(made.to_json()), SCHEMA)
+    assert type(made).from_json(made.to_json()) == made
+    return {
+        entry.form.split("(")[0]: entry.level for entry in made.certificates[0].entries if entry.form
+    }, made
+
+
+def test_a_measured_product_is_raised_and_nothing_else():
+    found, made = levels(lambda a, b: (a @ b).float().softmax(-1), A, B, text=written())
+    assert found == {
+        "Chain": Level.MEASURED.value,
+        "Tree": Level.SOURCE.value,
+        "Exact": Level.CONSTRUCTION.value,
+    }
+    assert [kernel.level for kernel in made.certificates[0].kernels] == [
+        Level.MEASURED.value,
+        Level.SOURCE.value,
+    ]
+    assert "measured on NVIDIA H100 80GB HBM3, driver 570.86.15" in str(made) and not made.measured.unused
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (written(gpu="NVIDIA A100-SXM4-80GB"), "gpu NVIDIA A100-SXM4-80GB against NVIDIA H100"),
+        (written(torch="2.10.0"), "torch 2.10.0 against"),
+        (written(triton="3.5.0"), "triton 3.5.0 against"),
+        (changed("bfloat16", classes=[1, 2, 1]), ""),
+        (changed("bfloat16-unaligned", classes=[2, 1]), ""),
+        (changed("bfloat16", shapes=[[64, 64, 0, 64, 8, 0, 0, 4, 3]]), ""),
+        (written(results=[]), ""),
+    ],
+    ids=["gpu", "torch", "triton", "two classes", "two classes of the same form", "another tile", "nothing measured"],
+)  # fmt: skip
+def test_it_stays_lower(text, says):
+    found, made = levels(torch.matmul, A, B, text=text)
+    assert found == {"Chain": Level.SOURCE.value}
+    assert says in made.measured.unused and bool(says) == bool(made.measured.unused)
+    assert ("NOT USED" in str(made)) == bool(says)
+
+
+def test_one_family_of_two_is_not_enough():
+    """The doctor's rows of families agree by themselves; the kind as a whole does not."""
+    results = json.loads(changed("bfloat16", classes=[2, 2, 2]))["results"]
+    family = {**results[0], "classes": [1, 1, 1]}
+    found, _ = levels(torch.matmul, A, B, text=written(results=[*results, family]))
+    assert found == {"Chain": Level.SOURCE.value}
+
+
+def test_another_driver_is_another_machine(monkeypatch, tmp_path):
+    kernel_module = tmp_path / "version"
+    monkeypatch.setattr(measurement, "_DRIVER", kernel_module)
+    assert driver_version() == ""
+    for line, version in (
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23", "570.86.15"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "580.65.06"),
+    ):
+        kernel_module.write_text(line)
+        assert driver_version() == version
+    found, made = levels(torch.matmul, A, B, text=written())
+    assert found == {"Chain": Level.SOURCE.value}
+    assert made.measured.unused == "driver 570.86.15 against 580.65.06"
+
+
+def test_every_tile_of_a_dynamic_kernel_has_to_be_measured():
+    (graph,) = inspect(torch.matmul, A, B, dynamic=True).graphs
+    (text,) = graph.kernels.values()
+    assert len(tiles_of(text)) >= 4
+    found, _ = levels(
+        torch.matmul, A, B, text=changed("bfloat16-unaligned", shapes=[*tiles_of(text)]), dynamic=True
+    )
+    assert found == {"Chain": Level.MEASURED.value}
+    without_one = [*tiles_of(text)][1:]
+    some = changed("bfloat16-unaligned", shapes=without_one)
+    results = [{**each, "shapes": without_one} for each in json.loads(some)["results"]]
+    found, _ = levels(torch.matmul, A, B, text=written(results=results), dynamic=True)
+    assert found == {"Chain": Level.SOURCE.value}
+
+
+def test_fp8_and_grouped_products_are_kinds_of_their_own():
+    def scaled(x, weight, scale):
+        return torch._scaled_mm(x, weight.t(), scale, scale, out_dtype=torch.float32)
+
+    x, one = torch.randn(64, 64).to(torch.float8_e4m3fn), torch.ones(())
+    assert levels(scaled, x, x.clone(), one, text=written())[0] == {"Chunks": Level.MEASURED.value}
+    split = changed("float8_e4m3fn", classes=[1, 2, 1])
+    assert levels(scaled, x, x.clone(), one, text=split)[0] == {"Chunks": Level.SOURCE.value}
+
+    grouped = (
+        torch.randn(40, 256).bfloat16(),
+        torch.randn(2, 256, 64).bfloat16(),
+        torch.tensor([8, 40]).int(),
+    )
+    for text, level in (
+        (written(), Level.MEASURED),
+        (changed("bfloat16-grouped", classes=[2, 1]), Level.SOURCE),
+    ):
+        found, _ = levels(lambda x, w, ends: torch._grouped_mm(x, w, offs=ends), *grouped, text=text)
+        assert found == {"Chain": level.value}
+
+
+def test_the_doctor_writes_the_tiles_it_ran():
+    kind = doctor.KINDS[0]
+    tiles = tile_table.candidates("bfloat16", 90)[:2]
+    whole, first, _ = doctor.summarise(kind, [["a", "a"]] * 3, ["wgmma k16", "mma.sync k16"], tiles)
+    assert whole.shapes == (tiles[0].key, tiles[1].key) and first.shapes == (tiles[0].key,)
+    assert quantized_tiles.candidates("fp8", 90)[0].key
+
+
+def test_the_command(tmp_path, capsys):
+    script, file = tmp_path / "step.py", tmp_path / "h100.json"
+    script.write_text(
+        "import torch\ndef step(x, w):\n    return x @ w\n"
+        "def example_inputs(batch):\n    return torch.randn(batch, 256).bfloat16(), torch.randn(256, 64).bfloat16()\n"
+    )
+    file.write_text(written())
+    assert main(["certify", f"{script}:step", "--batch", "37", "--measured", str(file)]) == 0
+    assert "measured on this GPU" in capsys.readouterr().out
+    for text in ("{}", "[1]", "no JSON", written(results=[{"kind": "int8"}])):
+        file.write_text(text)
+        assert main(["certify", f"{script}:step", "--measured", str(file)]) == 2
+        assert "no result of doctor" in capsys.readouterr().err

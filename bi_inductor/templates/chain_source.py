@@ -135,6 +135,33 @@ SOURCE = r"""
                             val_shape=("BLOCK_M", "EXTRA_N")) }}
 """
 
+#: For the templates of other products, whose programs have one tile: from its ``a_rows`` and ``b_columns`` to pointers
+#: and an accumulator. (``SOURCE`` has the same in branches between which a launch chooses.)
+POINTERS = r"""
+    k = tl.arange(0, BLOCK_K).to(INDEX_DTYPE)
+{% if SWAP %}
+    a_block = A + (a_rows[None, :] * stride_am + k[:, None] * stride_ak)
+    b_block = B + (b_columns[:, None] * stride_bn + k[None, :] * stride_bk)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)
+{% else %}
+    a_block = A + (a_rows[:, None] * stride_am + k[None, :] * stride_ak)
+    b_block = B + (b_columns[None, :] * stride_bn + k[:, None] * stride_bk)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)
+{% endif %}
+"""
+
+#: For the same: the next BLOCK_K of both operands, zeros past K, in the loop over ``step``.
+OPERANDS = r"""
+{% if EVEN_K %}
+        a = tl.load(a_block)
+        b = tl.load(b_block)
+{% else %}
+        inside = k < K - step * BLOCK_K
+        a = tl.load(a_block, mask={{"inside[:, None]" if SWAP else "inside[None, :]"}}, other=0.0)
+        b = tl.load(b_block, mask={{"inside[None, :]" if SWAP else "inside[:, None]"}}, other=0.0)
+{% endif %}
+"""
+
 _BRANCH = re.compile(r"( *)(if|elif|else)(?: (not )?([A-Z_]+))?:")
 
 

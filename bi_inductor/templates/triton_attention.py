@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.lowering import empty
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn
@@ -23,7 +23,8 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max, Min
 
 from bi_inductor import contract
-from bi_inductor.templates.triton_matmul import ChainMatmulKernel, ChainMatmulTemplate, tf32_is_allowed
+from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
+from bi_inductor.templates.triton_matmul import tf32_is_allowed
 
 _ROWS = r"""
     KEY_HEADS = {{size("K", 1)}}
@@ -140,7 +141,7 @@ def attention_grid(
     return (pairs * cdiv(rows, meta["BLOCK_M"]), chunks, 1)
 
 
-class AttentionKernel(ChainMatmulKernel):
+class AttentionKernel(TemplateKernel):
     """A template kernel that may call ``runtime/attention.py``."""
 
     @classmethod
@@ -148,7 +149,7 @@ class AttentionKernel(ChainMatmulKernel):
         return super().gen_common_triton_imports() + "from bi_inductor.runtime import attention\n"
 
 
-class AttentionTemplate(ChainMatmulTemplate):
+class AttentionTemplate(Template):
     """A template of such a kernel."""
 
     kernel_type = AttentionKernel
@@ -190,15 +191,6 @@ def schedule_for(
     warps = 4 if width <= 128 and itemsize == 2 else 8
     stages = 3 if width <= 128 and itemsize == 2 else 2
     return Schedule(small, warps, stages, split and programs * small * width * 4 <= 1 << 24)
-
-
-def realized(x: ir.TensorBox) -> ir.IRNode:
-    """x as something with an address and strides that can no longer change, since they enter the source."""
-    x = ir.ExternKernel.realize_input(x)
-    storage, layout = ir.as_storage_and_layout(x, freeze=True)
-    if isinstance(layout, ir.FlexibleLayout):
-        storage.freeze_layout()
-    return x
 
 
 def _static(length: Any) -> int | None:
@@ -327,18 +319,13 @@ def _call(
     schedule: Schedule,
     constants: dict[str, Any],
 ) -> ir.TensorBox:
-    choices: list[Any] = []
-    error = template.maybe_append_choice(
-        choices,
-        input_nodes=tuple(realized(x) for x in inputs),
-        layout=layout,
+    return emit(
+        template,
+        [realized(x) for x in inputs],
+        layout,
+        num_warps=schedule.num_warps,
+        num_stages=schedule.num_stages,
         mutated_inputs=[realized(x) for x in mutated],
         call_sizes=grid,
-        num_stages=schedule.num_stages,
-        num_warps=schedule.num_warps,
-        triton_meta={"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz},
         **constants,
     )
-    if error is not None:
-        raise error
-    return choices[0].output_node()

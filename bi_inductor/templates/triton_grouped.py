@@ -18,42 +18,32 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.lowering import full
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 
+from bi_inductor.templates.chain_source import OPERANDS, POINTERS
+from bi_inductor.templates.emission import Template, emit, is_empty, is_multiple, realized, rounding
 from bi_inductor.templates.tile_table import Tile, tile_for
-from bi_inductor.templates.triton_matmul import ChainMatmulTemplate, _multiple, _realized, _rows_are_aligned
+from bi_inductor.templates.triton_matmul import rows_are_aligned
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_LOOP = r"""
-    k = tl.arange(0, BLOCK_K).to(INDEX_DTYPE)
-{% if SWAP %}
-    a_block = A + (a_rows[None, :] * stride_am + k[:, None] * stride_ak)
-    b_block = B + (b_columns[:, None] * stride_bn + k[None, :] * stride_bk)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)
-{% else %}
-    a_block = A + (a_rows[:, None] * stride_am + k[None, :] * stride_ak)
-    b_block = B + (b_columns[None, :] * stride_bn + k[:, None] * stride_bk)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)
-{% endif %}
+_LOOP = (
+    POINTERS
+    + r"""
     for step in tl.range(0, steps):
-{% if EVEN_K %}
-        a = tl.load(a_block)
-        b = tl.load(b_block)
-{% else %}
-        inside = k < K - step * BLOCK_K
-        a = tl.load(a_block, mask={{"inside[:, None]" if SWAP else "inside[None, :]"}}, other=0.0)
-        b = tl.load(b_block, mask={{"inside[None, :]" if SWAP else "inside[:, None]"}}, other=0.0)
-{% endif %}
+"""
+    + OPERANDS
+    + r"""
         acc = tl.dot({{"b, a" if SWAP else "a, b"}}, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_TYPE)
         a_block += BLOCK_K * stride_ak
         b_block += BLOCK_K * stride_bk
     acc = {{"tl.trans(acc)" if SWAP else "acc"}} + 0.0
 """
+)
 
 ROWS_SOURCE = (
     r"""
@@ -151,12 +141,8 @@ def grouped_depth_grid(
     return (groups * cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
-grouped_rows_template = ChainMatmulTemplate(
-    "batchinv_grouped_rows", grid=grouped_rows_grid, source=ROWS_SOURCE
-)
-grouped_depth_template = ChainMatmulTemplate(
-    "batchinv_grouped_depth", grid=grouped_depth_grid, source=DEPTH_SOURCE
-)
+grouped_rows_template = Template("batchinv_grouped_rows", grid=grouped_rows_grid, source=ROWS_SOURCE)
+grouped_depth_template = Template("batchinv_grouped_depth", grid=grouped_depth_grid, source=DEPTH_SOURCE)
 
 
 def grouped_rows(a: ir.TensorBox, b: ir.TensorBox, ends: ir.TensorBox) -> ir.TensorBox:
@@ -166,16 +152,16 @@ def grouped_rows(a: ir.TensorBox, b: ir.TensorBox, ends: ir.TensorBox) -> ir.Ten
     """
     groups = V.graph.sizevars.guard_int(b.get_size()[0])
     size = [a.get_size()[0], b.get_size()[2]]
-    if groups == 0 or _is_empty([*size, a.get_size()[1]]):
+    if groups == 0 or is_empty([*size, a.get_size()[1]]):
         return full(size, 0, dtype=a.get_dtype(), device=a.get_device())
-    operands = [_realized(x) for x in (a, b, ends)]
+    operands = [realized(x) for x in (a, b, ends)]
     m, n, k = V.graph.sizevars.optimization_hints([*size, a.get_size()[1]])
     tile = _tile(operands, -(-m // groups), n, k, min(groups, m))
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), size)
     constants = {
         "GROUPS": 1 << (groups - 1).bit_length(),
         "GROUP_LIMIT": _most_groups(size[0], groups + 1),
-        "EVEN_K": _multiple(a.get_size()[1], tile.block_k),
+        "EVEN_K": is_multiple(a.get_size()[1], tile.block_k),
     }
     return _emit(grouped_rows_template, operands, layout, tile, constants)
 
@@ -183,17 +169,13 @@ def grouped_rows(a: ir.TensorBox, b: ir.TensorBox, ends: ir.TensorBox) -> ir.Ten
 def grouped_depth(a: ir.TensorBox, b: ir.TensorBox, ends: ir.TensorBox) -> ir.TensorBox:
     """a [M, T], b [T, N], ends [G] int32 -> [G, M, N] of a's dtype, row-major; a group without rows is 0."""
     size = [ends.get_size()[0], a.get_size()[0], b.get_size()[1]]
-    if _is_empty([*size, a.get_size()[1]]):
+    if is_empty([*size, a.get_size()[1]]):
         return full(size, 0, dtype=a.get_dtype(), device=a.get_device())
-    operands = [_realized(x) for x in (a, b, ends)]
+    operands = [realized(x) for x in (a, b, ends)]
     groups, m, n, k = V.graph.sizevars.optimization_hints([*size, a.get_size()[1]])
     tile = _tile(operands, m, n, -(-k // max(groups, 1)), groups)
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), size)
     return _emit(grouped_depth_template, operands, layout, tile, {"EVEN_K": False})
-
-
-def _is_empty(sizes: list[Any]) -> bool:
-    return any(V.graph.sizevars.statically_known_equals(length, 0) for length in sizes)
 
 
 def _most_groups(rows: sympy.Expr, groups: int) -> int:
@@ -215,26 +197,24 @@ def _tile(operands: list[ir.IRNode], m: int, n: int, k: int, batch: int) -> Tile
         batch=batch,
         sm_count=device.multi_processor_count,
         capability=device.cc,
-        aligned=_rows_are_aligned(a) and _rows_are_aligned(b),
+        aligned=rows_are_aligned(a) and rows_are_aligned(b),
     )
 
 
 def _emit(
-    template: ChainMatmulTemplate,
+    template: Template,
     operands: list[ir.IRNode],
     layout: ir.Layout,
     tile: Tile,
     constants: dict[str, Any],
 ) -> ir.TensorBox:
-    choices: list[Any] = []
-    error = template.maybe_append_choice(
-        choices,
-        input_nodes=tuple(operands),
-        layout=layout,
-        num_stages=tile.num_stages,
+    return emit(
+        template,
+        operands,
+        layout,
         num_warps=tile.num_warps,
-        epilogue_fn=_rounded(layout.dtype),
-        triton_meta={"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz},
+        num_stages=tile.num_stages,
+        epilogue_fn=rounding(torch.float32, layout.dtype),
         ACC_TYPE="tl.float32",
         INPUT_PRECISION="'ieee'",
         BLOCK_M=tile.block_m,
@@ -243,18 +223,3 @@ def _emit(
         SWAP=tile.swap,
         **constants,
     )
-    if error is not None:
-        raise error
-    return choices[0].output_node()
-
-
-def _rounded(dtype: torch.dtype) -> Callable[[Any], Any]:
-    """The one rounding."""
-
-    def epilogue(acc: Any) -> Any:
-        if dtype == torch.float32:
-            return acc
-        rounded = V.ops.to_dtype(acc, dtype, src_dtype=torch.float32, use_compute_types=False)
-        return V.ops.to_dtype(rounded, torch.float32, src_dtype=dtype)
-
-    return epilogue

@@ -25,10 +25,19 @@ import torch
 from torch._inductor import config, ir
 from torch._inductor.lowering import expand, full, mul, to_dtype
 from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, TritonTemplateKernel
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 from torch._inductor.virtualized import V
 
 from bi_inductor.templates.chain_source import SOURCE, TILE_PARAMETERS, source_of_tile
+from bi_inductor.templates.emission import (
+    Template,
+    TemplateKernel,
+    emit,
+    is_empty,
+    is_multiple,
+    realized,
+    rounded,
+)
 from bi_inductor.templates.tile_table import Tile, candidates, shortened, tile_for
 
 #: Tile parameters that the source branches on.
@@ -54,16 +63,7 @@ def output_sizes(*sizes_and_meta: Any) -> tuple[Any, Any, Any]:
     return (m, n, batch[0] if batch else 1)
 
 
-class ChainMatmulKernel(TritonTemplateKernel):
-    """The stock template kernel, except that run-time sizes are int64 whenever addresses are (2.11: not)."""
-
-    @property
-    def index_dtype(self) -> str:
-        is_wide = "INDEX_DTYPE : tl.constexpr = tl.int64" in getattr(self, "defines", "")
-        return "tl.int64" if is_wide else super().index_dtype
-
-
-class ManyTilesKernel(ChainMatmulKernel):
+class ManyTilesKernel(TemplateKernel):
     """A kernel whose tile's constants are its last parameters, so that one source serves all tiles."""
 
     @classmethod
@@ -82,12 +82,6 @@ class ManyTilesKernel(ChainMatmulKernel):
         return place
 
 
-class ChainMatmulTemplate(TritonTemplate):
-    """A kernel with one tile."""
-
-    kernel_type = ChainMatmulKernel
-
-
 class ManyTilesTemplate(TritonTemplate):
     """The chain kernel with all tiles, one of which is chosen at each launch (``runtime/tiles.py``)."""
 
@@ -102,7 +96,7 @@ def one_tile_template(*branches: str) -> TritonTemplate:
     """The template for tiles whose constants named in ``branches``, and no others, are true or not zero."""
     source = source_of_tile({name: name in branches for name in TILE_PARAMETERS})
     name = "_".join(["batchinv_chain_matmul", *map(str.lower, branches)])
-    return ChainMatmulTemplate(name, grid=programs_of_tile, source=source)
+    return Template(name, grid=programs_of_tile, source=source)
 
 
 def chain_matmul(
@@ -125,40 +119,31 @@ def chain_matmul(
     size = [*a.get_size()[:-1], b.get_size()[-1]]
     if bias is not None:
         bias = None if beta == 0 else expand(bias, size)
-    if any(V.graph.sizevars.statically_known_equals(length, 0) for length in [*size, a.get_size()[-1]]):
+    if is_empty([*size, a.get_size()[-1]]):
         return _without_products(size, a.get_device(), bias, beta, out_dtype)
-    operands = [_realized(x) for x in ([a, b] if bias is None else [bias, a, b])]
+    operands = [realized(x) for x in ([a, b] if bias is None else [bias, a, b])]
     a_operand, b_operand = operands[-2:]
     layout = ir.FixedLayout(a.get_device(), out_dtype, size)
     tiles, choice = _tiles_of(a_operand, b_operand, layout)
-    constants, triton_meta = _constants(a_operand, b_operand), _numerics()
+    constants, launch = _constants(a_operand, b_operand), None
     if len(tiles) == 1:
         tile = {name: tiles[0][name] for name in TILE_PARAMETERS}
         template = one_tile_template(*(name for name in _BRANCHES if tile[name]))
         constants |= {**tile, "SM_COUNT": choice["sm_count"]}
     else:
         template = many_tiles_template
-        triton_meta |= {"tiles": tiles, "choice": choice}
-    choices: list[Any] = []
-    error = template.maybe_append_choice(
-        choices,
-        input_nodes=tuple(operands),
-        layout=layout,
-        num_stages=tiles[0]["num_stages"],
+        launch = {"tiles": tiles, "choice": choice}
+    return emit(
+        template,
+        operands,
+        layout,
         num_warps=tiles[0]["num_warps"],
+        num_stages=tiles[0]["num_stages"],
+        triton_meta=launch,
         prefix_args=len(operands) - 2,
         epilogue_fn=_finish(alpha, beta, _accumulator(a.get_dtype()), out_dtype),
-        triton_meta=triton_meta,
         **constants,
     )
-    if error is not None:
-        raise error
-    return choices[0].output_node()
-
-
-def _numerics() -> dict[str, Any]:
-    """Settings of the compiler that reach the bits."""
-    return {"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz}
 
 
 def tf32_is_allowed() -> bool:
@@ -179,26 +164,13 @@ def _without_products(
     return to_dtype(mul(to_dtype(bias, _accumulator(bias.get_dtype())), beta), out_dtype)
 
 
-def _realized(x: ir.TensorBox) -> ir.IRNode:
-    """x as something with an address and strides that can no longer change, since they enter the source."""
-    x = ir.ExternKernel.realize_input(x)
-    storage, layout = ir.as_storage_and_layout(x, freeze=True)
-    if isinstance(layout, ir.FlexibleLayout):
-        storage.freeze_layout()
-    return x
-
-
-def _multiple(expression: Any, divisor: int) -> bool:
-    return V.graph.sizevars.statically_known_multiple_of(sympy.sympify(expression), divisor)
-
-
-def _rows_are_aligned(x: ir.IRNode) -> bool:
+def rows_are_aligned(x: ir.IRNode) -> bool:
     """True if one dimension is dense and every run along it starts at a multiple of 16 bytes."""
     elements = 16 // x.get_dtype().itemsize
     strides = [stride for stride, length in zip(x.get_stride(), x.get_size(), strict=True) if length != 1]
     steps = [stride for stride in strides if stride != 1]
     return len(steps) < max(1, len(strides)) and all(
-        _multiple(step, elements) for step in [*steps, x.get_layout().offset]
+        is_multiple(step, elements) for step in [*steps, x.get_layout().offset]
     )
 
 
@@ -207,10 +179,10 @@ def _suits_tma(x: ir.IRNode) -> bool:
     strides = [V.graph.sizevars.simplify(stride) for stride in x.get_stride()]
     elements = 16 // x.get_dtype().itemsize
     is_spaced = any(
-        strides[dense] == 1 and strides[1 - dense] != 0 and _multiple(strides[1 - dense], elements)
+        strides[dense] == 1 and strides[1 - dense] != 0 and is_multiple(strides[1 - dense], elements)
         for dense in (0, 1)
     )
-    return is_spaced and x.get_name() not in V.graph.unaligned_buffers and _rows_are_aligned(x)
+    return is_spaced and x.get_name() not in V.graph.unaligned_buffers and rows_are_aligned(x)
 
 
 def _tiles_of(a: ir.IRNode, b: ir.IRNode, layout: ir.Layout) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -225,7 +197,7 @@ def _tiles_of(a: ir.IRNode, b: ir.IRNode, layout: ir.Layout) -> tuple[list[dict[
     is_tma = a.get_dtype().itemsize == 2 and not batch and _suits_tma(a) and _suits_tma(b)
     how = {
         "tf32": tf32_is_allowed(),
-        "aligned": _rows_are_aligned(a) and _rows_are_aligned(b),
+        "aligned": rows_are_aligned(a) and rows_are_aligned(b),
         "tma": is_tma,
         "wide": True,
     }
@@ -241,7 +213,7 @@ def _tiles_of(a: ir.IRNode, b: ir.IRNode, layout: ir.Layout) -> tuple[list[dict[
 def _tile_source(tile: Tile, a: ir.IRNode, b: ir.IRNode) -> dict[str, Any]:
     """A tile as it stands in the source of a kernel."""
     (m, k), n = a.get_size()[-2:], b.get_size()[-1]
-    even = (_multiple(m, tile.block_m), _multiple(n, tile.columns), _multiple(k, tile.block_k))
+    even = (is_multiple(m, tile.block_m), is_multiple(n, tile.columns), is_multiple(k, tile.block_k))
     return {**tile_constants(tile, even), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
@@ -279,9 +251,6 @@ def _finish(
             if beta != 1:
                 bias = V.ops.mul(bias, V.ops.constant(beta, accumulator))
             acc = V.ops.add(acc, bias)
-        if out_dtype == accumulator:
-            return acc
-        rounded = V.ops.to_dtype(acc, out_dtype, src_dtype=accumulator, use_compute_types=False)
-        return V.ops.to_dtype(rounded, accumulator, src_dtype=out_dtype)
+        return rounded(acc, accumulator, out_dtype)
 
     return epilogue

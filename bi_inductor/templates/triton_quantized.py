@@ -19,21 +19,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._inductor import config, ir
+from torch._inductor import ir
 from torch._inductor.lowering import expand, full, to_dtype
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 
 from bi_inductor.contract import FP8_CHUNK
+from bi_inductor.templates.chain_source import OPERANDS, POINTERS
+from bi_inductor.templates.emission import Template, emit, is_empty, is_multiple, realized, rounded
 from bi_inductor.templates.quantized_tiles import tile_for
 from bi_inductor.templates.tile_table import Tile
-from bi_inductor.templates.triton_matmul import ChainMatmulTemplate, _multiple, _realized
 
 #: Rows of tiles that walk the columns together, so that both operands are found in L2.
 GROUP_M = 8
 
-SOURCE = r"""
+SOURCE = (
+    r"""
 {{def_kernel("A", "B", "A_SCALE", "B_SCALE") if BLOCK_SCALES else def_kernel("A", "B")}}
     M = {{size("A", 0)}}
     N = {{size("B", 1)}}
@@ -55,29 +57,17 @@ SOURCE = r"""
     # Past an edge, rows and columns that exist are computed again and not stored: no mask in the loop.
     a_rows = {{"rows" if EVEN_M else "rows % M"}}
     b_columns = {{"columns" if EVEN_N else "columns % N"}}
-    k = tl.arange(0, BLOCK_K).to(INDEX_DTYPE)
-{% if SWAP %}
-    a_block = A + (a_rows[None, :] * stride_am + k[:, None] * stride_ak)
-    b_block = B + (b_columns[:, None] * stride_bn + k[None, :] * stride_bk)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)
-{% else %}
-    a_block = A + (a_rows[:, None] * stride_am + k[None, :] * stride_ak)
-    b_block = B + (b_columns[None, :] * stride_bn + k[:, None] * stride_bk)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)
-{% endif %}
+"""
+    + POINTERS
+    + r"""
 {% if BLOCK_SCALES %}
     a_scales = A_SCALE + a_rows // A_SCALE_ROWS * ({{stride("A_SCALE", 0)}})
     b_scales = B_SCALE + b_columns // B_SCALE_COLUMNS * ({{stride("B_SCALE", 1)}})
 {% endif %}
     for step in tl.range(0, tl.cdiv(K, BLOCK_K)):
-{% if EVEN_K %}
-        a = tl.load(a_block)
-        b = tl.load(b_block)
-{% else %}
-        inside = k < K - step * BLOCK_K
-        a = tl.load(a_block, mask={{"inside[:, None]" if SWAP else "inside[None, :]"}}, other=0.0)
-        b = tl.load(b_block, mask={{"inside[None, :]" if SWAP else "inside[:, None]"}}, other=0.0)
-{% endif %}
+"""
+    + OPERANDS
+    + r"""
 {% if CHUNKED %}
         chunk = tl.dot({{"b, a" if SWAP else "a, b"}}, max_num_imprecise_acc=BLOCK_K, out_dtype=ACC_TYPE)
 {% if BLOCK_SCALES %}
@@ -98,6 +88,7 @@ SOURCE = r"""
     mask = (idx_m < M) & (idx_n < N)
     {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
 """
+)
 
 
 @SymbolicGridFn
@@ -106,17 +97,15 @@ def one_program_per_tile(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Callable
     return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
-quantized_matmul_template = ChainMatmulTemplate(
-    "batchinv_quantized_matmul", grid=one_program_per_tile, source=SOURCE
-)
+quantized_matmul_template = Template("batchinv_quantized_matmul", grid=one_program_per_tile, source=SOURCE)
 
 
 def int8_matmul(a: ir.TensorBox, b: ir.TensorBox) -> ir.TensorBox:
     """a [M, K] @ b [K, N], both int8 with any strides -> [M, N] int32."""
     size = [a.get_size()[0], b.get_size()[1]]
-    if _is_empty([*size, a.get_size()[1]]):
+    if is_empty([*size, a.get_size()[1]]):
         return full(size, 0, dtype=torch.int32, device=a.get_device())
-    operands = [_realized(a), _realized(b)]
+    operands = [realized(a), realized(b)]
     layout = ir.FixedLayout(a.get_device(), torch.int32, size)
     return _emit([], operands, layout, "int8", lambda acc: acc)
 
@@ -141,19 +130,15 @@ def fp8_matmul(
     size = [a.get_size()[0], b.get_size()[1]]
     epilogue = [expand(x, size) for x in ([] if block_scales else [scale_a, scale_b])]
     epilogue += [] if bias is None else [expand(bias, size)]
-    if _is_empty([*size, a.get_size()[1]]):
+    if is_empty([*size, a.get_size()[1]]):
         total = full(size, 0, dtype=torch.float32, device=a.get_device())
         return to_dtype(total if bias is None else to_dtype(epilogue[-1], torch.float32), out_dtype)
-    operands = [_realized(x) for x in ([a, b, scale_a, scale_b] if block_scales else [a, b])]
+    operands = [realized(x) for x in ([a, b, scale_a, scale_b] if block_scales else [a, b])]
     chunked = block_scales or not fast_accumulation
     layout = ir.FixedLayout(a.get_device(), out_dtype, size)
     finish = _finish(out_dtype, scales=0 if block_scales else 2)
     kind = "fp8 in chunks" if chunked else "fp8"
-    return _emit([_realized(x) for x in epilogue], operands, layout, kind, finish)
-
-
-def _is_empty(sizes: list[Any]) -> bool:
-    return any(V.graph.sizevars.statically_known_equals(length, 0) for length in sizes)
+    return _emit([realized(x) for x in epilogue], operands, layout, kind, finish)
 
 
 def _emit(
@@ -161,21 +146,16 @@ def _emit(
 ) -> ir.TensorBox:
     a, b, *scales = operands
     tile = _tile_of(a, b, kind)
-    choices: list[Any] = []
-    error = quantized_matmul_template.maybe_append_choice(
-        choices,
-        input_nodes=(*epilogue, *operands),
-        layout=layout,
-        num_stages=tile.num_stages,
+    return emit(
+        quantized_matmul_template,
+        [*epilogue, *operands],
+        layout,
         num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         prefix_args=len(epilogue),
         epilogue_fn=finish,
-        triton_meta={"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz},
         **_constants(a, b, scales, tile, kind),
     )
-    if error is not None:
-        raise error
-    return choices[0].output_node()
 
 
 def _tile_of(a: ir.IRNode, b: ir.IRNode, kind: str) -> Tile:
@@ -194,9 +174,9 @@ def _constants(a: ir.IRNode, b: ir.IRNode, scales: list[Any], tile: Tile, kind: 
         "BLOCK_K": tile.block_k,
         "GROUP_M": GROUP_M,
         "SWAP": tile.swap,
-        "EVEN_M": _multiple(m, tile.block_m),
-        "EVEN_N": _multiple(n, tile.block_n),
-        "EVEN_K": _multiple(k, tile.block_k),
+        "EVEN_M": is_multiple(m, tile.block_m),
+        "EVEN_N": is_multiple(n, tile.block_n),
+        "EVEN_K": is_multiple(k, tile.block_k),
         "INTEGER": kind == "int8",
         "CHUNKED": kind == "fp8 in chunks",
         "BLOCK_SCALES": bool(scales),
@@ -220,9 +200,6 @@ def _finish(out_dtype: torch.dtype, *, scales: int) -> Callable[..., Any]:
             acc = V.ops.mul(acc, scale)
         for bias in values[scales:]:
             acc = V.ops.add(acc, bias)
-        if out_dtype == torch.float32:
-            return acc
-        rounded = V.ops.to_dtype(acc, out_dtype, src_dtype=torch.float32, use_compute_types=False)
-        return V.ops.to_dtype(rounded, torch.float32, src_dtype=out_dtype)
+        return rounded(acc, torch.float32, out_dtype)
 
     return epilogue

@@ -1,0 +1,93 @@
+"""From a template to a node of the graph: what the Triton templates have in common.
+
+Operands get an address and strides that can no longer change, since they enter the source; a kernel is compiled without
+contraction of products and sums; there is one choice, so nothing is measured and no extern kernel competes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config, ir
+from torch._inductor.select_algorithm import TritonTemplate, TritonTemplateKernel
+from torch._inductor.virtualized import V
+
+
+class TemplateKernel(TritonTemplateKernel):
+    """The stock template kernel, except that run-time sizes are int64 whenever addresses are (2.11: not)."""
+
+    @property
+    def index_dtype(self) -> str:
+        is_wide = "INDEX_DTYPE : tl.constexpr = tl.int64" in getattr(self, "defines", "")
+        return "tl.int64" if is_wide else super().index_dtype
+
+
+class Template(TritonTemplate):
+    """A template of such kernels."""
+
+    kernel_type = TemplateKernel
+
+
+def emit(
+    template: TritonTemplate,
+    operands: Sequence[Any],
+    layout: ir.Layout,
+    *,
+    num_warps: int,
+    num_stages: int,
+    triton_meta: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> ir.TensorBox:
+    """The output of ``template`` on realized ``operands``, with ``layout``.
+
+    ``arguments``: constants of the source, and what ``maybe_append_choice`` takes besides.
+    """
+    numerics = {"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz}
+    choices: list[Any] = []
+    error = template.maybe_append_choice(
+        choices,
+        input_nodes=tuple(operands),
+        layout=layout,
+        num_stages=num_stages,
+        num_warps=num_warps,
+        triton_meta=numerics | (triton_meta or {}),
+        **arguments,
+    )
+    if error is not None:
+        raise error
+    return choices[0].output_node()
+
+
+def rounded(value: Any, accumulator: torch.dtype, dtype: torch.dtype) -> Any:
+    """The one rounding of ``value``, to ``dtype``, as a value of the accumulator's dtype again."""
+    if dtype == accumulator:
+        return value
+    value = V.ops.to_dtype(value, dtype, src_dtype=accumulator, use_compute_types=False)
+    return V.ops.to_dtype(value, accumulator, src_dtype=dtype)
+
+
+def rounding(accumulator: torch.dtype, dtype: torch.dtype) -> Callable[[Any], Any]:
+    """An epilogue that does nothing but :func:`rounded`."""
+    return lambda value: rounded(value, accumulator, dtype)
+
+
+def realized(x: ir.TensorBox) -> ir.IRNode:
+    """x as something with an address and strides that can no longer change."""
+    x = ir.ExternKernel.realize_input(x)
+    storage, layout = ir.as_storage_and_layout(x, freeze=True)
+    if isinstance(layout, ir.FlexibleLayout):
+        storage.freeze_layout()
+    return x
+
+
+def is_empty(sizes: Sequence[Any]) -> bool:
+    """True if one of the sizes is known to be 0."""
+    return any(V.graph.sizevars.statically_known_equals(length, 0) for length in sizes)
+
+
+def is_multiple(expression: Any, divisor: int) -> bool:
+    """True if ``expression`` is known to be a multiple of ``divisor``."""
+    return V.graph.sizevars.statically_known_multiple_of(sympy.sympify(expression), divisor)

@@ -81,10 +81,23 @@ def cases_of(op: Any, count: int, dtype: torch.dtype = torch.float32, device: st
     """Cases from ``count`` samples of an entry, spread over those the database draws with one seed."""
     torch.manual_seed(0)
     samples = list(itertools.islice(op.sample_inputs("cpu", dtype), _SAMPLES_SEEN))
-    chosen = sorted({number * len(samples) // count for number in range(count)}) if samples else []
+    first = len(samples) // 2 if count == 1 else 0  # the first one is often empty or of one element
+    chosen = sorted({first + number * len(samples) // count for number in range(count)}) if samples else []
     for number in chosen:
         sample = samples[number]
-        yield from _cases(number, _outside_torch(op.op), (sample.input, sample.args, sample.kwargs), device)
+        yield from _cases(number, _written(op), (sample.input, sample.args, sample.kwargs), device)
+
+
+def _written(op: Any) -> Any:
+    """The op; zeros are written into what it leaves as it found it in memory."""
+    function = _outside_torch(op.op)
+    if not op.name.startswith(("empty", "new_empty")):
+        return function
+
+    def zeroed(*args: Any, **kwargs: Any) -> Tensor:
+        return function(*args, **kwargs).zero_()
+
+    return zeroed
 
 
 def _outside_torch(function: Any) -> Any:

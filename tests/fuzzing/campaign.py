@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +49,18 @@ def drawn(number: int, start: int) -> Iterator[Program]:
     warnings.simplefilter("ignore", NonInteractiveExampleWarning)
     collect()
     return itertools.islice(found, number)
+
+
+def in_bundles(programs: Iterable[Program], size: int) -> Iterator[list[Program]]:
+    """``size`` at a time; those with scatters, which make the whole bundle be compiled again, by themselves."""
+    waiting: dict[bool, list[Program]] = {False: [], True: []}
+    for program in programs:
+        group = waiting[program.scatters]
+        group.append(program)
+        if len(group) == size:
+            yield list(group)
+            group.clear()
+    yield from filter(None, waiting.values())
 
 
 class Counts(Counter[str]):
@@ -139,8 +151,10 @@ class _Campaign:
                 print(f"SHRUNK\n{smallest.snippet(WHOLE, 0, found[0].comparison)}", flush=True)
 
 
-def compare_generated(group: Sequence[Program], target: str, batches: Sequence[int] = _BATCHES) -> Tally:
-    """Fingerprints of one training graph at several batch sizes; the verifier reads each as it is made."""
+def compare_generated(
+    group: Sequence[Program], target: str, batches: Sequence[int] = _BATCHES, backward: bool = True
+) -> Tally:
+    """Fingerprints of one graph at several batch sizes; the verifier reads each as it is made."""
     tally, fingerprints = Tally(), {}
     function = bundled(group)
     for batch in batches:
@@ -151,8 +165,8 @@ def compare_generated(group: Sequence[Program], target: str, batches: Sequence[i
             for value in program.arguments
         ]
         for argument, value in zip(arguments, (v for p in group for v in p.arguments), strict=True):
-            argument.requires_grad_(-1 in value.shape)
-        made = bi_inductor.inspect(function, *arguments, target=target, backward=True)
+            argument.requires_grad_(backward and -1 in value.shape)
+        made = bi_inductor.inspect(function, *arguments, target=target, backward=backward)
         fingerprints[batch] = made.fingerprint
     tally.note(0, "fingerprint", str(fingerprints), len(batches), len(set(fingerprints.values())) - 1)
     return tally
@@ -165,13 +179,9 @@ def _first_line(error: Exception) -> str:
 def campaign(arguments: argparse.Namespace) -> int:
     """Run it, print the counts, write the CSV; 1 if anything was violated or failed."""
     torch.set_num_threads(2)
-    running, start, group = _Campaign(arguments), time.monotonic(), []
-    for number, program in enumerate(drawn(arguments.graphs, arguments.seed), 1):
-        group.append(program)
-        if len(group) < arguments.bundle and number < arguments.graphs:
-            continue
+    running, start = _Campaign(arguments), time.monotonic()
+    for group in in_bundles(drawn(arguments.graphs, arguments.seed), arguments.bundle):
         running.bundle(group)
-        group = []
         minutes = (time.monotonic() - start) / 60
         print(f"{minutes:.1f} min: {running.counts}", flush=True)
         if arguments.minutes and minutes > arguments.minutes:

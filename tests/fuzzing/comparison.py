@@ -1,8 +1,9 @@
 """Run a few graphs at many batch sizes and compile histories, and count the rows whose bits changed.
 
-The reference is the whole batch, compiled once with gradients and dynamic shapes. Compared with it, all rows of all
-outputs and of all input gradients: consecutive pieces of the batch, a permutation, other contents in every second
-row, and other histories. Parameter gradients sum over the batch, so they are compared where the whole batch runs.
+The reference is the whole batch, compiled once with gradients and the batch as a symbol. Compared with it, all rows
+of all outputs and of all input gradients: consecutive pieces of the batch, a permutation, other contents in every
+second row, and other histories. Parameter gradients sum over the batch, so they are compared where the whole batch
+runs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from bi_inductor.testing import count_changed_rows, same_bits
 from .program import Program, bundled
 
 #: Batch of the reference: no other dim of a graph has it, so no guard ties the batch to another size.
-WHOLE = 67
-PIECES = (1, 2, 3, 8, 31)
+WHOLE = 131
+PIECES = (1, 2, 3, 8, 31, 64)
 #: Contents of the neighbours, which no row may feel.
 HOSTILE = (float("nan"), float("inf"), -6e4, 0.0)
 _UNFUSED = {
@@ -34,22 +35,28 @@ _UNFUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """How a graph is compiled: keyword arguments of torch.compile, the batch of its first call, grad mode."""
+    """How a graph is compiled: keyword arguments of torch.compile, the batch of its first call, grad mode.
+
+    ``marked``: the batch is a symbol from the first call on, and the other sizes are not.
+    """
 
     options: dict[str, object]
+    marked: bool = False
     first: int = WHOLE
     gradients: bool = True
     checkpointed: bool = False
 
 
+REFERENCE = History({}, marked=True)
 HISTORIES = {
+    "dynamic": History({"dynamic": True}),
     "static": History({"dynamic": False}),
     "small first": History({}, first=2),
     "one first": History({}, first=1),
-    "inference": History({"dynamic": True}, gradients=False),
+    "inference": History({}, marked=True, gradients=False),
     "static inference": History({"dynamic": False}, gradients=False),
-    "checkpointed": History({"dynamic": True}, checkpointed=True),
-    "unfused": History({"dynamic": True, "options": _UNFUSED}),
+    "checkpointed": History({}, marked=True, checkpointed=True),
+    "unfused": History({"options": _UNFUSED}, marked=True),
 }
 
 
@@ -136,10 +143,14 @@ class Case:
         return other
 
     def run(
-        self, function: Callable[..., Sequence[Tensor]], index: Tensor, gradients: bool = True
+        self, function: Callable[..., Sequence[Tensor]], index: Tensor, history: History = REFERENCE
     ) -> Results:
         """``function`` of the rows ``index``, and the gradients of its results by fixed cotangents."""
+        gradients = history.gradients
         inputs = {key: x[index].requires_grad_(gradients) for key, x in self.inputs.items()}
+        if history.marked:
+            for x in inputs.values():
+                torch._dynamo.maybe_mark_dynamic(x, 0)
         with torch.set_grad_enabled(gradients):
             flat = function(*self._arguments(inputs))
         results = dict(zip(self.cotangents, flat, strict=True))
@@ -179,10 +190,13 @@ class Case:
 
 
 def compare(case: Case, backend: str = "batchinv", histories: Sequence[str] = ()) -> Tally:
-    """Everything that must be equal, compared. Compiles three times and twice more for each of ``histories``."""
+    """Everything that must be equal, compared. Compiles for any batch and for one row, and for each of ``histories``.
+
+    Gradients that scatter are compiled again where the batch crosses a power of two, with all that is in the bundle.
+    """
     tally, everything = Tally(), torch.arange(WHOLE, device=case.device)
     torch._dynamo.reset()
-    run = torch.compile(case.function, backend=backend, dynamic=True)
+    run = torch.compile(case.function, backend=backend, **REFERENCE.options)
     expected = case.run(run, everything)
     tally.add("again", expected, case.run(run, everything))
     for size in PIECES:
@@ -217,7 +231,5 @@ def _compare_history(case: Case, backend: str, name: str, expected: Results, tal
     everything = torch.arange(WHOLE, device=case.device)
     if history.first != WHOLE:
         first = everything[: history.first]
-        tally.add(
-            f"{name}, first", expected.at(first), _without_totals(case.run(run, first, history.gradients))
-        )
-    tally.add(name, expected, case.run(run, everything, history.gradients))
+        tally.add(f"{name}, first", expected.at(first), _without_totals(case.run(run, first, history)))
+    tally.add(name, expected, case.run(run, everything, history))

@@ -82,6 +82,12 @@ class Program:
         made = {step.result.name: step.result for step in self.steps}
         return tuple(made[name] for name in self.outputs)
 
+    @property
+    def scatters(self) -> bool:
+        """True if a gradient adds at positions that it reads: its code is for one power of two of the batch."""
+        picks = ("gather(", "sort(", "index_select(", "repeat_interleave(", ".long()")
+        return any(pick in step.expression for step in self.steps for pick in picks)
+
     def source(self, name: str = "graph") -> str:
         lines = [step.line for step in self.steps] + [f"return {', '.join(self.outputs)},"]
         arguments = ", ".join(argument.name for argument in self.arguments)

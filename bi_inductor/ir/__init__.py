@@ -6,6 +6,7 @@
     module      the generated wrapper run on buffers of terms, kernel after kernel, over the whole grid
     layouts     which k one step of a matrix instruction adds, from TTGIR
     orders      sums and chains of dots in the terms, compared with the canonical forms
+    attention   one output element of attention, rebuilt from its scores
 
 What is shown holds for TTIR at the sizes of the example: which values each addition adds, in which chain ``tt.dot``
 stands, and that k ascends. Of TTGIR, that each step of a matrix instruction adds neighbouring k. Below it the order is
@@ -29,19 +30,24 @@ from ..virtual import virtual_gpu
 
 _SIGNATURE = re.compile(r"^ *(.+?),? = args$", re.MULTILINE)
 #: Forms whose kernels are executed: those that are looked for, and those that add nothing in an order of theirs.
-_UNDERSTOOD = ("Tree(", "Chain(", "Exact(", "Drawn(", "Scan(", "Segments(")
+_UNDERSTOOD = ("Tree(", "Chain(", "Exact(", "Drawn(", "Scan(", "Segments(", "Attention(")
 _SIZE = re.compile(r"^ *(s\d+) = (\w+)$", re.MULTILINE)
+
+
+#: What tells a sum from others of its graph.
+Shown = tuple[str, int | tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
     """What the IR of one graph shows.
 
-    ``proven``: (combine or "chain", length) of the forms that were found, in every configuration. ``wrong``: sums in
+    ``proven``: (combine or "chain", length) of the forms that were found, in every configuration; of attention
+    ("attention", (tile, near chunk, near keys, far chunk)). ``wrong``: sums in
     no form's order. ``unknown``: kernel -> why it was not followed. ``configurations``: kernel -> those it ran in.
     """
 
-    proven: frozenset[tuple[str, int]]
+    proven: frozenset[Shown]
     wrong: tuple[str, ...]
     unknown: dict[str, str]
     configurations: dict[str, tuple[str, ...]]
@@ -64,7 +70,7 @@ def prove(source: str, certificate: Certificate, target: str) -> Proof:
     inputs, forms = _inputs(source, dict(certificate.symbols)), lengths_of(certificate.entries)
     left_out = _with_other_forms(certificate)
     cache: dict[str, Lowering] = {}
-    proven: set[tuple[str, int]] | None = None
+    proven: set[Shown] | None = None
     wrong: list[str] = []
     unknown: dict[str, str] = {}
     used: dict[str, list[str]] = {}
@@ -95,12 +101,13 @@ def _with_other_forms(certificate: Certificate) -> dict[str, str]:
     return found
 
 
-def lengths_of(entries: Iterable[Entry]) -> set[tuple[str, int]]:
-    """(combine or "chain", length in the example) of the ordered forms among ``entries``."""
+def lengths_of(entries: Iterable[Entry]) -> set[Shown]:
+    """(combine or "chain", length in the example) of the ordered forms among ``entries``; ("attention", its shape)."""
     numbers = [dataclasses.replace(entry, form=entry.example or entry.form) for entry in entries]
     forms = Forms(numbers)
     lengths = forms.trees | {("chain", length) for _, length in forms.chains}
-    return {(kind, length[0]) for kind, length in lengths if is_constant(length)}
+    sums: set[Shown] = {(kind, length[0]) for kind, length in lengths if is_constant(length)}
+    return sums | {("attention", attention[1:]) for attention in forms.attentions}
 
 
 def _inputs(source: str, symbols: dict[str, int]) -> list[object]:

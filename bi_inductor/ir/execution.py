@@ -189,12 +189,29 @@ class Program:
     def _arith_select(self, op: Operation) -> list[Any]:
         condition, left, right = (self.values[name] for name in op.operands)
         if isinstance(condition, Term):
-            return [self._term(op.name, [condition, left, right])]
+            return [self._chosen(op.name, condition, left, right)]
         if isinstance(left, Term) or isinstance(right, Term):
             return [Term(np.where(condition, self.numbers(left), self.numbers(right)))]
         if isinstance(left, Pointer):
             raise UnsupportedError("a choice between pointers")
         return [np.where(condition, left, right)]
+
+    def _arith_andi(self, op: Operation) -> list[Any]:
+        """Of a bool that is known and one that was loaded: false where the first is, else the second."""
+        left, right = (self.values[name] for name in op.operands)
+        if isinstance(left, Term) == isinstance(right, Term):
+            return [
+                self._term(op.name, [left, right]) if isinstance(left, Term) else operator.and_(left, right)
+            ]
+        known, loaded = (right, left) if isinstance(left, Term) else (left, right)
+        if op.element != "i1":
+            return [self._term(op.name, [left, right])]
+        return [Term(np.where(known, loaded.numbers, self.terms.constant(False)))]
+
+    def _chosen(self, name: str, condition: Term, left: Any, right: Any) -> Term:
+        """A choice by what was loaded; the second where the condition is known to be false."""
+        chosen = self._term(name, [condition, left, right]).numbers
+        return Term(np.where(condition.numbers == self.terms.constant(False), self.numbers(right), chosen))
 
     # Shapes.
 
@@ -233,6 +250,11 @@ class Program:
         if isinstance(offsets, Term):
             raise UnsupportedError("an address that was loaded")
         return [Pointer(pointer.memory, pointer.offsets + offsets)]
+
+    def _tt_bitcast(self, op: Operation) -> list[Any]:
+        """Of a pointer to bools, which are loaded as bytes; of values it is an operation like others."""
+        value = self.values[op.operands[0]]
+        return [value if isinstance(value, Pointer) else self._term(self._spelled(op), [value])]
 
     def _tt_load(self, op: Operation) -> list[Any]:
         pointer, *rest = (self.values[name] for name in op.operands)
@@ -283,6 +305,8 @@ class Program:
         axis = int(re.search(r"axis = (\d+)", op.text)[1])  # type: ignore[index]
         operands = [self.numbers(self.values[name]) for name in op.operands]
         body = op.regions[0]
+        if operands[0].shape[axis] == 1:
+            return [Term(np.squeeze(x, axis)) for x in operands]
         if operands[0].shape[axis] == 2:
             return self._pairs(body, [np.moveaxis(x, axis, -1) for x in operands])
         # More than two at once: the compiler's order. One term says so.

@@ -1,4 +1,4 @@
-"""Sums found in terms: each addition tree and each chain of dots, compared with the canonical forms of a graph."""
+"""Sums found in terms: addition trees, chains of dots and attention, compared with the canonical forms of a graph."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..sum_tree import SumTree, contract_tree
+from .attention import Attentions, Maximum
 from .terms import ADD, CONSTANT, DOT, INPUT, MULTIPLY, PAIR, Terms
 
 #: A combine's name in forms -> (as an operation, as a two-element reduction, what changes nothing).
@@ -17,15 +18,16 @@ _COMBINES = {"sum": (ADD, PAIR + ADD, ("0.0", "-0.0")), "prod": (MULTIPLY, PAIR 
 class Found:
     """What was found: sums and products that have a form's order, as (combine or "chain", length), and what has not."""
 
-    proven: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    proven: set[tuple[str, Any]] = dataclasses.field(default_factory=set)
     wrong: list[str] = dataclasses.field(default_factory=list)
 
 
 class Orders:
     """Looks through the terms behind ``roots``. ``forms``: (combine or "chain", length) of the graph."""
 
-    def __init__(self, terms: Terms, forms: set[tuple[str, int]]) -> None:
+    def __init__(self, terms: Terms, forms: set[tuple[str, Any]]) -> None:
         self.nodes, self.forms = terms.nodes, forms
+        self.attentions = Attentions(terms, frozenset(shape for kind, shape in forms if kind == "attention"))
         self.found = Found()
         self._kinds: dict[int, str | None] = {}
         self._seen: set[int] = set()
@@ -34,6 +36,8 @@ class Orders:
     def look(self, roots: Iterable[int]) -> Found:
         """Walk from ``roots`` down; a sum is looked at as a whole, and then its terms are walked."""
         pending = list(dict.fromkeys(roots))
+        if self.attentions.shapes:
+            self._leave_out_sums_of_attention(pending)
         while pending:
             number = pending.pop()
             if number in self._seen:
@@ -48,6 +52,8 @@ class Orders:
             return ()
         if node[0].startswith(DOT):
             return self._look_at_chain(number)
+        if self.attentions.shapes and self.attentions.parts(number) is not None:
+            return self._look_at_attention(number)
         kind = self._kind(number)
         if kind is not None:
             return self._look_at_sum(number, kind)
@@ -188,6 +194,75 @@ class Orders:
             )
         return [at, *left, *right]
 
+    # Attention.
+
+    def _look_at_attention(self, number: int) -> Sequence[int]:
+        """An output element: its sums and scores have been looked at with it. Goes on with queries, keys and values."""
+        found = self.attentions.found(number)
+        if found is None:
+            self.found.wrong.append("attention in the order of no form of the graph")
+            return ()
+        shape, element = found
+        keys = [self.nodes[self.nodes[product][3]][1] for product in element.products]
+        if not all(map(self._is_chain, element.products)):
+            self.found.wrong.append("a score of attention that is no chain from 0, or not ascending")
+        elif not (self._ascend(list(element.values)) and self._ascend(keys)):
+            self.found.wrong.append("attention to keys that do not count up")
+        else:
+            self.found.proven.add(("attention", shape))
+        below = [
+            k
+            for product in element.products
+            for side in self.nodes[product][2:]
+            for k in self.nodes[side][1:]
+        ]
+        return [*dict.fromkeys(below), *element.values]
+
+    def _is_chain(self, product: int) -> bool:
+        """True for one dot that starts at 0, both of its sides counting up; zeros behind them are left out."""
+        _, start, row, column = self.nodes[product]
+        sides = []
+        for side in (row, column):
+            elements = list(self.nodes[side][1:])
+            while elements and self._is_neutral(elements[-1], ("0.0",)):
+                elements.pop()
+            sides.append(elements)
+        return self._is_neutral(start, ("0.0",)) and all(
+            len(side) > 0 and self._ascend(side) for side in sides
+        )
+
+    def _leave_out_sums_of_attention(self, roots: list[int]) -> None:
+        """Sums and scores that belong to an output element are looked at with that, and not by themselves.
+
+        The logsumexp of a row, m + log2(sums), has to be that of the same state.
+        """
+        maxima: dict[int, Maximum] = {}
+        logarithms = []
+        for number in self._behind(roots):
+            found = self.attentions.found(number)
+            if found is not None:
+                maxima[found[1].sums] = found[1].maximum
+                self._seen.update((found[1].sums, *found[1].products))
+            if self.nodes[number][0] == ADD and self.nodes[self.nodes[number][2]][0] == "math.log2":
+                logarithms.append(number)
+        for number in logarithms:
+            _, highest, logarithm = self.nodes[number]
+            sums = self.nodes[logarithm][1]
+            if sums in maxima and self.attentions.state.maximum(highest) != maxima[sums]:
+                self.found.wrong.append("a logsumexp of attention with another maximum than its sums")
+
+    def _behind(self, roots: Iterable[int]) -> list[int]:
+        """Every term that ``roots`` are made of."""
+        seen = set(roots)
+        pending = list(seen)
+        while pending:
+            node = self.nodes[pending.pop()]
+            if node[0] not in (INPUT, CONSTANT, "unknown", "undefined"):
+                new = set(node[1:]) - seen
+                seen |= new
+                pending += new
+        return sorted(seen)
+
     # The order of the terms of a sum.
 
     def _ascend(self, leaves: list[int]) -> bool:
@@ -199,20 +274,25 @@ class Orders:
     def _reads(self, number: int) -> tuple[tuple[Any, int], ...]:
         """(buffer, address) of what a term reads itself, not through a sum. Of a buffer read twice nothing is said.
 
-        A product of matrices stands for the first elements of its row and its column.
+        A product of matrices stands for the first elements of its row and its column, attention for those of its query
+        and of its first value, in one number.
         """
         if number in self._addresses:
             return self._addresses[number]
         found: dict[Any, set[int]] = {}
         pending, seen = [number], {number}
         while pending:
-            node = self.nodes[pending.pop()]
+            below = pending.pop()
+            node = self.nodes[below]
             if node[0] in (INPUT, "unknown"):
                 found.setdefault(node[:-1], set()).add(node[-1])
             elif node[0].startswith(DOT):
                 for side, vector in (("row", node[2]), ("column", node[3])):
                     for buffer, at in self._reads(self.nodes[vector][1]):
                         found.setdefault((side, buffer), set()).add(at)
+            elif self.attentions.shapes and self.attentions.parts(below) is not None:
+                for buffer, at in self._reads_of_attention(below):
+                    found.setdefault(buffer, set()).add(at)
             elif node[0].startswith(PAIR):  # a sum stands for its first term
                 for buffer, at in self._reads(node[1]):
                     found.setdefault(("sum", buffer), set()).add(at)
@@ -224,6 +304,18 @@ class Orders:
             (buffer, min(at)) for buffer, at in found.items() if len(at) == 1
         )
         return reads
+
+    def _reads_of_attention(self, number: int) -> list[tuple[Any, int]]:
+        found = self.attentions.found(number)
+        if found is None:
+            return []
+        element = found[1]
+        query = self.nodes[self.nodes[element.products[0]][2]][1]
+        return [
+            (("attention", query_buffer, value_buffer), (row << 32) + column)
+            for query_buffer, row in self._reads(query)
+            for value_buffer, column in self._reads(element.values[0])
+        ]
 
 
 def _counts_up(addresses: list[int]) -> bool:

@@ -36,6 +36,7 @@ _INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync\S*",
     "fma": r"\bfma\.rn\.f(?:32|64)",
 }
+_PRODUCT = re.compile(r"def \w*_tem_")
 _DEPTH = re.compile(r"m\d+n\d+(k\d+)")
 
 
@@ -172,8 +173,8 @@ def examine(
         major, minor = torch.cuda.get_device_capability()
         tiles = tuple(dict.fromkeys(kind.tiles(10 * major + minor)))
     pairs = [operands(kind.dtype, depth, device) for depth in kind.depths]
-    outputs, families = _run(kind, tiles, pairs, execute or _on_the_gpu)
-    return summarise(kind, [[_digest(x) for x in row] for row in outputs], families, tiles)
+    outputs, families = _run(kind, tiles, pairs, execute or on_the_gpu)
+    return summarise(kind, [[digest(x) for x in row] for row in outputs], families, tiles)
 
 
 def summarise(
@@ -216,7 +217,8 @@ def operands(dtype: torch.dtype, depth: int, device: str) -> tuple[Tensor, Tenso
     return x.to(device), weight.to(device)
 
 
-def _digest(x: Tensor) -> str:
+def digest(x: Tensor) -> str:
+    """Of the bits of ``x``."""
     return hashlib.sha256(x.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -234,34 +236,47 @@ def _run(
     # Copies, so that no two products of the graph are the same expression.
     inputs = [[x.clone() for _ in tiles] for x, _ in pairs]
     weights = [weight for _, weight in pairs]
-    torch._dynamo.reset()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(tiles_in_turn(kind.template, [*tiles] * len(pairs)))
-        stack.enter_context(_tf32(kind.tf32))
-        stack.enter_context(torch.no_grad())
-        sources = stack.enter_context(_loaded_sources())
+    with prepared(kind.template, "tile_for", [*tiles] * len(pairs), tf32=kind.tf32) as sources:
         outputs = execute(graph, inputs, weights)
     families = [family for source in sources for family in instructions(source, len(tiles))]
     return outputs, (families or ["unknown"] * len(tiles))[: len(tiles)]
 
 
-def _on_the_gpu(graph: Callable[..., Any], *inputs: Any) -> list[list[Tensor]]:
+def on_the_gpu(graph: Callable[..., Any], *inputs: Any) -> list[list[Any]]:
+    """The results of ``graph``, compiled for these inputs."""
     return torch.compile(graph, backend="batchinv", dynamic=False)(*inputs)
 
 
 @contextlib.contextmanager
-def tiles_in_turn(template: str, tiles: Sequence[Tile]) -> Iterator[None]:
-    """The products of a graph get these tiles, in the order in which they are lowered; nothing is cached."""
+def prepared(template: str, chooser: str, chosen: Sequence[Any], *, tf32: bool) -> Iterator[list[str]]:
+    """Everything set for compiling and running a graph: :func:`chosen_in_turn`, tf32 allowed or not, no gradients.
+
+    Yields a list that has the sources of the modules that were loaded, when the context is left.
+    """
+    torch._dynamo.reset()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(chosen_in_turn(template, chooser, chosen))
+        stack.enter_context(_tf32(tf32))
+        stack.enter_context(torch.no_grad())
+        yield stack.enter_context(_loaded_sources())
+
+
+@contextlib.contextmanager
+def chosen_in_turn(template: str, chooser: str, chosen: Sequence[Any]) -> Iterator[None]:
+    """The ops of a graph get these tiles or schedules, in the order in which they are lowered; nothing is cached.
+
+    ``chooser``: the function of the module ``template`` that chooses otherwise.
+    """
     import importlib
 
     module: ModuleType = importlib.import_module(f"bi_inductor.templates.{template}")
-    chosen, remaining = module.tile_for, iter(tiles)  # type: ignore[attr-defined]
-    module.tile_for = lambda *args, **options: next(remaining)  # type: ignore[attr-defined]
+    stock, remaining = getattr(module, chooser), iter(chosen)
+    setattr(module, chooser, lambda *args, **options: next(remaining))
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
             yield
     finally:
-        module.tile_for = chosen  # type: ignore[attr-defined]
+        setattr(module, chooser, stock)
 
 
 @contextlib.contextmanager
@@ -286,10 +301,13 @@ def _loaded_sources() -> Iterator[list[str]]:
     sources += [Path(str(module.__file__)).read_text() for module in wrappers]
 
 
-def instructions(source: str, count: int, target: str | None = None) -> list[str]:
+def instructions(
+    source: str, count: int, target: str | None = None, *, pattern: re.Pattern[str] = _PRODUCT
+) -> list[str]:
     """What multiplies in the first ``count`` products of a generated module, each in the order of the module.
 
     ``target``: an architecture of ``targets.TARGETS``, by default this GPU's. "unknown" for one that is not there.
+    ``pattern``: what is found in the source of a product's kernel.
     """
     from bi_inductor.inspection import kernel_definitions
     from bi_inductor.offline import compile_offline
@@ -297,7 +315,7 @@ def instructions(source: str, count: int, target: str | None = None) -> list[str
     if target is None:
         major, minor = torch.cuda.get_device_capability()
         target = f"sm_{major}{minor}"
-    products = [(name, text) for name, text in kernel_definitions(source).items() if "_tem_" in name]
+    products = [(name, text) for name, text in kernel_definitions(source).items() if pattern.search(text)]
     if target not in TARGETS:
         return ["unknown"] * min(count, len(products))
     try:  # what was compiled for the run is found in Triton's cache

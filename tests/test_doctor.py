@@ -126,7 +126,7 @@ def test_families_are_read_from_ptx(target):
     def graph(x, y, weight):
         return x @ weight.t(), y @ weight.t(), x.float().sum(-1)
 
-    with doctor.tiles_in_turn("triton_matmul", tiles):
+    with doctor.chosen_in_turn("triton_matmul", "tile_for", tiles):
         source = inspect(graph, a, a + 1, b, target=target).source
     wide = "wgmma k16" if target == "sm_90" else "mma.sync k16"
     assert doctor.instructions(source, 2, target) == [wide, "mma.sync k16"]

@@ -1,4 +1,4 @@
-"""``python -m bi_inductor doctor``: do all tiles that may be chosen give the same bits on this GPU?"""
+"""``python -m bi_inductor doctor``: do all tiles and schedules that may be chosen give the same bits on this GPU?"""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 from bi_inductor.commands.reporting import CommandError, progress, quiet_torch
 
 if TYPE_CHECKING:
-    from bi_inductor.doctor import Kind, Result
+    from bi_inductor import doctor, doctor_attention
+    from bi_inductor.doctor import Result
 
-SUMMARY = "Check on this GPU that every tile of a matrix product gives the same bits."
+SUMMARY = "Check on this GPU that every tile of a matrix product, and every schedule of attention, gives the same bits."
 EXAMPLE = """examples:
   python -m bi_inductor doctor --kinds bfloat16,float8_e4m3fn
   python -m bi_inductor doctor --json > h100.json    (for certify --measured h100.json)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which kinds of products."""
+    """Which kinds of products and attention."""
     parser.add_argument("--kinds", help="names from the first column, separated by commas (default: all)")
 
 
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure and print a table; 1 if the tiles of one kind disagree."""
     import torch
 
-    from bi_inductor import doctor
+    from bi_inductor import doctor, doctor_attention
     from bi_inductor.virtual import require_triton
 
     require_triton()
@@ -38,10 +39,13 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     results: list[Result] = []
     for kind in _chosen(options.kinds):
-        progress(f"{kind.name}: K = {', '.join(map(str, kind.depths))}")
+        progress(f"{kind.name}: {', '.join(map(str, kind.depths))} terms")
         with quiet_torch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            results += doctor.examine(kind)
+            if isinstance(kind, doctor_attention.Kind):
+                results += doctor_attention.examine(kind)
+            else:
+                results += doctor.examine(kind)
     if options.json:
         print(json.dumps(_as_json(results), indent=2))
     else:
@@ -50,13 +54,15 @@ def run(options: argparse.Namespace) -> int:
     return 0 if agree(results) else 1
 
 
-def _chosen(names: str | None) -> list[Kind]:
+def _chosen(names: str | None) -> list[doctor.Kind | doctor_attention.Kind]:
     import torch
 
-    from bi_inductor import doctor
+    from bi_inductor import doctor, doctor_attention
 
     major, minor = torch.cuda.get_device_capability()
-    possible = {k.name: k for k in doctor.KINDS if doctor.is_supported(k, 10 * major + minor)}
+    products = [kind for kind in doctor.KINDS if doctor.is_supported(kind, 10 * major + minor)]
+    kinds: list[doctor.Kind | doctor_attention.Kind] = [*products, *doctor_attention.KINDS]
+    possible = {kind.name: kind for kind in kinds}
     wanted = names.split(",") if names else [*possible]
     unknown = [name for name in wanted if name not in possible]
     if unknown:
@@ -65,7 +71,7 @@ def _chosen(names: str | None) -> list[Kind]:
 
 
 def agree(results: list[Result]) -> bool:
-    """True if the selectable tiles of every kind gave one class of bits for every K."""
+    """True if the selectable tiles or schedules of every kind gave one class of bits for every K."""
     return all(result.agrees for result in results)
 
 
@@ -73,12 +79,12 @@ def verdict(results: list[Result]) -> str:
     """One line for the user."""
     bad = list(dict.fromkeys(result.kind for result in results if not result.agrees))
     if not bad:
-        return "Every tile gives the same bits: the contract holds here."
+        return "Every tile and schedule gives the same bits: the contract holds here."
     return f"TILES DISAGREE for {'; '.join(bad)}: bits may follow the batch here. Please report this table."
 
 
 def table(results: list[Result]) -> str:
-    """One line per kind and, where tiles use several, per family of instructions."""
+    """One line per kind and, where tiles use several, per family of instructions. K of attention: keys."""
     head = ("kind", "instructions", "tiles", "K", "classes", "")
     rows = [
         (

@@ -193,6 +193,18 @@ def schedule_for(
     return Schedule(small, warps, stages, split and programs * small * width * 4 <= 1 << 24)
 
 
+def schedules(form: contract.Attention, width: int, itemsize: int) -> tuple[Schedule, ...]:
+    """Every schedule that ``schedule_for`` can return, for heads of ``width`` and elements of ``itemsize`` bytes."""
+    lengths = (form.near_chunk, form.near_chunk + 1)
+    found = [
+        schedule_for(rows, pairs, keys, form, width, itemsize, sm_count=132)
+        for rows in (1, 17, 33, None)
+        for pairs in (1, 1 << 20)
+        for keys in lengths
+    ]
+    return tuple(dict.fromkeys(found))
+
+
 def _static(length: Any) -> int | None:
     return int(length) if sympy.sympify(length).is_number else None
 

@@ -1,0 +1,129 @@
+"""Do all schedules of attention give the same bits, on the GPU at hand, whatever mask says that keys are visible?
+
+One graph holds the op once for every schedule that may be chosen, and for each of them without a mask, with one of
+bools and with one of floats behind which there are further keys. Results and logsumexps are compared bit for bit.
+
+A 16-bit result hides in which of two ways the fp32 sum behind it was rounded, but for one element in 2**16: enough that
+two orders of adding pass for one. So the values of a row's last two keys are such that its sum ends near 0; what is
+left to be rounded is its error. Scores are shifted so that logsumexps are near 0 too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bi_inductor import attention_op, contract, doctor
+from bi_inductor.doctor import Result
+from bi_inductor.templates import triton_attention
+from bi_inductor.templates.triton_attention import Schedule
+
+#: Attention rows, each with keys and values of its own.
+BATCH, HEADS = 8, 16
+#: Keys that stand behind a mask.
+_HIDDEN = 37
+#: Score of the last two keys in log2 units, before the shift: among the higher of the others.
+_LAST_SCORE = 2.3
+_KERNEL = re.compile(r"attention\.(?:one_chunk|all_chunks)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of attention. ``depths``: numbers of keys, to the middle of a tile, and past a chunk."""
+
+    name: str
+    dtype: torch.dtype
+    width: int
+    depths: tuple[int, ...] = (89, 700)
+    tf32: bool = False
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """All that may be chosen."""
+        form = contract.attention_form(self.width, self.width, self.dtype, tf32=self.tf32)
+        assert form is not None
+        return triton_attention.schedules(form, self.width, self.dtype.itemsize)
+
+
+KINDS = (
+    Kind("attention-bfloat16", torch.bfloat16, 64),
+    Kind("attention-bfloat16-wide", torch.bfloat16, 256),
+    Kind("attention-float16", torch.float16, 128),
+    Kind("attention-tf32", torch.float32, 64, tf32=True),
+    Kind("attention-float32", torch.float32, 64),
+)
+
+
+def examine(
+    kind: Kind,
+    schedules: Sequence[Schedule] | None = None,
+    *,
+    device: str = "cuda",
+    execute: Callable[..., list[list[Any]]] | None = None,
+) -> list[Result]:
+    """Run ``kind`` with every schedule (by default all that may be chosen) and every mask, and count classes of bits.
+
+    ``execute(graph, *inputs)``: how a graph is run, by default compiled for the GPU. Returns one Result.
+    """
+    schedules = kind.schedules if schedules is None else schedules
+    cases = [_masked(*operands(kind, depth, device)) for depth in kind.depths]
+    count = len(schedules) * len(cases[0])
+    # Copies, so that no two ops of the graph are the same expression.
+    inputs = [[(q.clone(), *rest) for _ in schedules for q, *rest in row] for row in cases]
+    in_turn = [schedule for _ in kind.depths for schedule in schedules for _ in cases[0]]
+    with doctor.prepared("triton_attention", "schedule_for", in_turn, tf32=kind.tf32) as sources:
+        results = (execute or doctor.on_the_gpu)(_graph, inputs)
+    classes = tuple(len({_digest(result) for result in row}) for row in results)
+    families = [
+        family for source in sources for family in doctor.instructions(source, count, pattern=_KERNEL)
+    ]
+    return [Result(kind.name, " + ".join(dict.fromkeys(families)) or "unknown", count, kind.depths, classes)]
+
+
+def _graph(inputs: list[list[tuple[Any, ...]]]) -> list[list[tuple[Tensor, Tensor]]]:
+    return [
+        [attention_op.attention(q, k, v, mask, False, q.shape[-1] ** -0.5) for q, k, v, mask in row]
+        for row in inputs
+    ]
+
+
+def _digest(result: tuple[Tensor, Tensor]) -> str:
+    return "".join(map(doctor.digest, result))
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The same attention without a mask, and with each kind of mask before further keys."""
+    size = (*query.shape[:-1], key.shape[2] + _HIDDEN)
+    visible = (torch.arange(size[-1], device=query.device) < key.shape[2]).expand(size)
+    longer = [torch.cat([x, x[:, :, :_HIDDEN] + 1], 2) for x in (key, value)]
+    added = torch.zeros(size, dtype=query.dtype, device=query.device).masked_fill(~visible, -math.inf)
+    return [(query, key, value, None), (query, *longer, visible), (query, *longer, added)]  # type: ignore[list-item]
+
+
+def operands(kind: Kind, keys: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """query [BATCH, HEADS, 1, D], key and value [BATCH, HEADS, ``keys``, D]: sums that end near 0, in both results."""
+    generator = torch.Generator().manual_seed(keys)
+
+    def random(length: int) -> Tensor:
+        size = (BATCH, HEADS, length, kind.width)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(kind.dtype).double()
+
+    query, key, value = random(1), random(keys), random(keys)
+    factor = kind.width**-0.5 * attention_op.LOG2_E
+    unit = query / (query.square().sum(-1, keepdim=True) * factor)  # what adds 1 to the score of a key
+    key[:, :, -2:] = unit * _LAST_SCORE
+    total = torch.exp2(query @ key.transpose(2, 3) * factor).sum(-1, keepdim=True)
+    key = (key - unit * torch.log2(total)).to(kind.dtype).double()
+    t = query @ key.transpose(2, 3) * factor
+    p = torch.exp2(t - t.amax(-1, keepdim=True).ceil()).to(kind.dtype).double()
+    left = -(p[..., :-2] @ value[:, :, :-2])
+    for last in (-2, -1):
+        value[:, :, last, None] = (left / p[..., last, None]).to(kind.dtype).double()
+        left = left - p[..., last, None] * value[:, :, last, None]
+    return tuple(x.to(kind.dtype).to(device) for x in (query, key, value))  # type: ignore[return-value]

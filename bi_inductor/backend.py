@@ -22,11 +22,13 @@ from torch._guards import CompileContext
 from torch.fx import GraphModule
 
 from . import scope
+from .capture import captured
 from .errors import BatchInvarianceError, unwrapped
 from .graph_breaks import report_graph_break
 from .options import Options, parse
 
 
+@captured
 def batchinv(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -41,7 +43,7 @@ def batchinv(
     """
     ours, patches = parse(mode, options)
     _warn_before_dynamo_gives_up()
-    report_graph_break(gm)
+    report_graph_break(getattr(gm, "compile_subgraph_reason", None))  # for backends that wrap this one
     return compile_graph(gm, example_inputs, ours, patches)
 
 

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch.utils import _pytree as pytree
 
+from bi_inductor.capture import captured
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.fakes import FakeCall, fake_call
 from bi_inductor.virtual import virtual_gpu
@@ -73,7 +74,8 @@ class DryRun:
             dynamic: bool | None = self.dynamic
             if self.batch_dim is not None:
                 call, dynamic = self._with_unknown_batch(call), None
-            compiled = torch.compile(_fresh(call.fn), backend=self._backend, dynamic=dynamic)
+            backend = captured(lambda gm, inputs: self._backend(gm, inputs))
+            compiled = torch.compile(_fresh(call.fn), backend=backend, dynamic=dynamic)
             with _refusals_unwrapped():
                 result = compiled(*call.args, **call.kwargs)
             return sources, pytree.tree_map(lambda x: call.originals.get(id(x), x), result)
@@ -233,12 +235,13 @@ def _moved(x: torch.Tensor, device: Any) -> torch.Tensor:
 
 
 def _move_graph(gm: torch.fx.GraphModule, device: torch.device) -> None:
-    """Replace the CPU by ``device`` in every argument and in every recorded value of ``gm``."""
+    """Replace the CPU by ``device`` in every argument and in every recorded value of ``gm`` and of its bodies."""
 
     def moved_argument(value: Any) -> Any:
         return device if isinstance(value, torch.device) and value.type == "cpu" else value
 
-    for node in gm.graph.nodes:
+    graphs = (module.graph for module in gm.modules() if isinstance(module, torch.fx.GraphModule))
+    for node in (node for graph in graphs for node in graph.nodes):
         node.args = pytree.tree_map(moved_argument, node.args)
         node.kwargs = pytree.tree_map(moved_argument, node.kwargs)
         if "val" in node.meta:

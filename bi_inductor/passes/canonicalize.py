@@ -25,7 +25,7 @@ REWRITES: tuple[Retarget, ...] = (
     MULTIHEAD,
     ENCODER_LAYER,
     *CONTRACTIONS,
-    RECURRENT,
+    *RECURRENT,
 )
 
 

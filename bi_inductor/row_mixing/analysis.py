@@ -154,12 +154,15 @@ class _Capture(DryRun):
 
         from ..decompositions import decompositions
         from ..passes.canonicalize import canonicalize
+        from ..recurrence import recurrence
 
         def keep(graph: GraphModule, _: Any) -> Any:
             self.graphs.append(graph)
             return make_boxed_func(graph)
 
-        stage = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions())
+        # As one op a recurrence has a rule; the loop that it becomes has none.
+        table = {op: rule for op, rule in decompositions().items() if op is not recurrence}
+        stage = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=table)
         with sdpa_kernel(SDPBackend.MATH):
             return stage(canonicalize(gm), inputs)
 

@@ -307,6 +307,13 @@ def _attention(step: Step) -> Place:
     )
 
 
+def _recurrence(step: Step) -> Place:
+    """steps [T, B, G] and states [B, S]: each row of B by itself, whatever T."""
+    operands = [(step.places[node], len(shape_of(node))) for node in step.node.all_input_nodes]
+    place = joined(operands, 3, step.mixed("rows meet across dimensions").causes[0])
+    return step.mixed("its steps are rows") if isinstance(place, Rows) and place.dim != 1 else place
+
+
 def _split(step: Step) -> Place:
     rows = step.first
     return (
@@ -343,7 +350,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("unfold".split(), _along("it reads several rows", "dimension")),
     **dict.fromkeys("cumsum cumprod block_scan".split(), _along("it runs over the batch")),
     **dict.fromkeys(_SELECTIONS, _along("it runs over the batch")),
-    "flip": _along("it moves rows to other places", "dims"),
+    **dict.fromkeys("flip rev".split(), _along("it moves rows to other places", "dims")),
     **dict.fromkeys(_REDUCTIONS, _reduction),
     "slice": _slice,
     "select": _select,
@@ -357,6 +364,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("index _unsafe_index".split(), _indexed),
     "embedding": _embedding,
     "attention": _attention,
+    "recurrence": _recurrence,
     "copy_": _copied,
     # New tensors of a given size: what they hold is not from any row.
     **dict.fromkeys(

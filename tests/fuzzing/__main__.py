@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--bundle", type=int, default=5, help="graphs per compile")
     parser.add_argument("--histories", type=int, default=1, help="compile histories drawn per bundle")
+    parser.add_argument("--contents", type=int, default=1, help="draws of the tensors per compile")
     parser.add_argument("--minutes", type=float, help="stop after this time")
     parser.add_argument("--stock", action="store_true", help="count stock Inductor's violations beside ours")
     parser.add_argument("--shrink", type=int, default=1, help="how many violations to cut down to a snippet")

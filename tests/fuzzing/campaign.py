@@ -115,7 +115,9 @@ class _Campaign:
 
     def _tally(self, group: Sequence[Program], histories: Sequence[str], backend: str = "batchinv") -> Tally:
         if self.runs:
-            return compare(Case(group, device=self.arguments.target), backend, histories)
+            return compare(
+                Case(group, device=self.arguments.target), backend, histories, self.arguments.contents
+            )
         return compare_generated(group, self.arguments.target)
 
     def _count(self, tally: Tally, group: Sequence[Program], prefix: str) -> None:

@@ -120,18 +120,28 @@ class Case:
     def __init__(self, programs: Sequence[Program], seed: int = 0, device: str = "cpu") -> None:
         self.programs, self.device = tuple(programs), device
         self.function = bundled(programs)
+        self._fill(seed)
+
+    def _fill(self, seed: int) -> None:
         self.inputs: dict[Key, Tensor] = {}
         self.parameters: dict[Key, Tensor] = {}
         self.cotangents: dict[Key, Tensor] = {}
-        for graph, program in enumerate(programs):
+        for graph, program in enumerate(self.programs):
             for place, value in enumerate(program.inputs):
-                self.inputs[graph, value.name] = value.tensor(WHOLE, device, seed + place)
+                self.inputs[graph, value.name] = value.tensor(WHOLE, self.device, seed + place)
             for place, value in enumerate(program.parameters):
-                parameter = value.tensor(WHOLE, device, seed + 100 + place)
+                parameter = value.tensor(WHOLE, self.device, seed + 100 + place)
                 self.parameters[graph, value.name] = parameter.requires_grad_()
             for place, value in enumerate(program.results):
-                cotangent = value.tensor(WHOLE, device, seed + 200 + place)
+                cotangent = value.tensor(WHOLE, self.device, seed + 200 + place)
                 self.cotangents[graph, value.name] = cotangent.movedim(value.batch_dim, 0)
+
+    def redrawn(self, seed: int) -> Case:
+        """The same graphs, and the same function, with other contents."""
+        other = Case.__new__(Case)
+        vars(other).update(vars(self))
+        other._fill(seed)
+        return other
 
     def replaced(self, contents: float) -> Case:
         """The same case with ``contents`` in every second row of the inputs."""
@@ -189,14 +199,25 @@ class Case:
                 destination[graph, f"{name}.grad"] = gradient
 
 
-def compare(case: Case, backend: str = "batchinv", histories: Sequence[str] = ()) -> Tally:
+def compare(case: Case, backend: str = "batchinv", histories: Sequence[str] = (), contents: int = 1) -> Tally:
     """Everything that must be equal, compared. Compiles for any batch and for one row, and for each of ``histories``.
 
-    Gradients that scatter are compiled again where the batch crosses a power of two, with all that is in the bundle.
+    ``contents``: how often the tensors are drawn for the same compiled code, which costs little. Gradients that
+    scatter are compiled again where the batch crosses a power of two, with all that is in the bundle.
     """
-    tally, everything = Tally(), torch.arange(WHOLE, device=case.device)
+    tally = Tally()
     torch._dynamo.reset()
     run = torch.compile(case.function, backend=backend, **REFERENCE.options)
+    expected = _compare_batches(case, run, tally)
+    for number in range(1, contents):
+        _compare_batches(case.redrawn(1000 * number), run, tally)
+    for name in histories:
+        _compare_history(case, backend, name, expected, tally)
+    return tally
+
+
+def _compare_batches(case: Case, run: Callable[..., Sequence[Tensor]], tally: Tally) -> Results:
+    everything = torch.arange(WHOLE, device=case.device)
     expected = case.run(run, everything)
     tally.add("again", expected, case.run(run, everything))
     for size in PIECES:
@@ -207,9 +228,7 @@ def compare(case: Case, backend: str = "batchinv", histories: Sequence[str] = ()
     for contents in HOSTILE:
         rows = case.replaced(contents).run(run, everything).at(everything[::2])
         tally.add(f"neighbours {contents}", expected.at(everything[::2]), rows)
-    for name in histories:
-        _compare_history(case, backend, name, expected, tally)
-    return tally
+    return expected
 
 
 def _without_totals(results: Results) -> Results:

@@ -12,6 +12,7 @@ follow its slot, so rows in one slot are compared.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch import Tensor
 from bi_inductor import coverage_cases
 from bi_inductor.certificate import Certificate, certificates
 from bi_inductor.coverage_cases import BATCHES, ROWS, Case, close, tensors_in
+from bi_inductor.coverage_stock import fallbacks
 from bi_inductor.errors import BatchInvarianceError, NotCompiledError
 from bi_inductor.testing import count_changed_rows
 
@@ -57,7 +59,8 @@ class Settings:
 class CaseResult:
     """One compile: its verdict, the reason behind it, rows compared, rows changed, whether eager's values are near.
 
-    ``cases``: how many were compiled together.
+    ``cases``: how many were compiled together. ``stock``: for what is refused, the ATen kernels that stock Inductor
+    calls for it, "none", or "no graph".
     """
 
     sample: int
@@ -68,6 +71,7 @@ class CaseResult:
     changed: int = 0
     near_eager: bool = True
     cases: int = 1
+    stock: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,11 @@ class OpResult:
     def reason(self) -> str:
         """Behind the worst verdict."""
         return next((case.reason for case in self.cases if case.verdict == self.verdict), "")
+
+    @property
+    def is_lowered_by_stock(self) -> bool:
+        """Refused here, though stock Inductor has a lowering for all of it, in some case."""
+        return self.verdict == "refused" and any(case.stock == "none" for case in self.cases)
 
     @property
     def rows(self) -> int:
@@ -140,11 +149,18 @@ def judge(case: Case, settings: Settings) -> CaseResult:
     try:
         fields = _compared(case, settings) if settings.runs else _lowered(case, settings)
     except BatchInvarianceError as error:
-        fields = {"verdict": "refused", "reason": f"{error.op}: {error.reason}"}
+        reason = f"{error.op}: {error.reason}"
+        fields = {"verdict": "refused", "reason": reason, "stock": _described_stock(case)}
     except _uncaptured() as error:
-        whole = isinstance(error, NotCompiledError) and _is_captured(case)
-        fields = {"verdict": "invariant" if whole else "uncaptured", "reason": _described(error)}
+        if isinstance(error, NotCompiledError) and _is_captured(case):
+            fields = {"verdict": "invariant", "reason": "it returns its inputs: nothing is compiled"}
+        else:
+            fields = {"verdict": "uncaptured", "reason": _described_uncaptured(case, error)}
     except Exception as error:  # what this table exists to find
+        if _WITHOUT_DATA in str(error) and settings.target == "cpu" and settings.lower_only:
+            return judge(
+                case, dataclasses.replace(settings, lower_only=False)
+            )  # it reads what fakes do not have
         fails = settings.backend != "inductor" and _fails_in_stock(case, settings)
         verdict, prefix = ("uncaptured", "stock fails too: ") if fails else ("ERROR", "")
         fields = {"verdict": verdict, "reason": prefix + _described(error)}
@@ -180,8 +196,25 @@ def _fails_in_stock(case: Case, settings: Settings) -> bool:
     return False
 
 
+#: Says torch of fakes, where sizes are read from a tensor.
+_WITHOUT_DATA = "its data is not allocated yet"
+
+
 def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _described_uncaptured(case: Case, error: BaseException) -> str:
+    outputs = tensors_in(case.call(*case.arguments(0, 2)))
+    if any(x.layout != torch.strided for x in outputs):
+        return "its result is a sparse tensor, of which Dynamo makes no graph"
+    return _described(error)
+
+
+def _described_stock(case: Case) -> str:
+    found = fallbacks(case)
+    return "no graph" if found is None else ", ".join(found) or "none"
 
 
 def _lowered(case: Case, settings: Settings) -> dict[str, Any]:

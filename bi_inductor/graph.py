@@ -145,6 +145,8 @@ def _without_unused_library_import(source: str) -> str:
 _HARMLESS_KERNELS = (
     ir.DeviceCopy,
     ir.DynamicScalar,
+    ir.DynamicSelectStorageOffset,
+    ir.DynamicSliceSize,
     ir.AssertScalar,
     ir.InplaceCopyFallback,
     ir.RandomSeeds,

@@ -1,15 +1,17 @@
 """The table of operators: each verdict is found by a case that has it, and a violation is called one."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from devices import DEVICES
 
-from bi_inductor import coverage_pool, scope
+from bi_inductor import coverage, coverage_pool, scope
 from bi_inductor.cli import main
 from bi_inductor.coverage import OpResult, Settings, judge, judge_op
 from bi_inductor.coverage_cases import ROWS, Case, cases_of, entries
+from bi_inductor.coverage_stock import fallbacks
 
 #: One of each kind of form, and of each way to have rows; all of the database is the command's.
 SAMPLE = {
@@ -43,6 +45,29 @@ def test_ops_of_the_database_are_lowered(target):
     settings = Settings(target=target, samples=1, lower_only=True, backward=True)
     results = [judge_op(name, settings) for name in LOWERED]
     assert {r.op: r.reason for r in results if r.verdict not in ("canonical", "invariant")} == {}
+
+
+def test_sizes_read_from_a_tensor_are_invariant():
+    """Without data the graph cannot be followed: lowering alone is not enough, so it is compiled and run."""
+    x, ends = torch.randn(7, 3), torch.tensor([2, 5])
+    case = Case(0, "as it is", lambda x, ends: torch.tensor_split(x, ends), (x, ends), frozenset())
+    found = judge(case, Settings(lower_only=True))
+    assert found.verdict == "invariant" and found.rows and found.near_eager, found
+
+
+def test_reasons_are_readable_and_the_same_every_time():
+    sparse = judge_op("to_sparse", Settings(samples=1, lower_only=True))
+    assert sparse.verdict == "uncaptured" and "sparse" in sparse.reason
+    assert coverage._described(ValueError(f"of {object()}")) == "ValueError: of <object object>"
+
+
+def test_what_stock_lowers_itself_is_told_from_what_it_hands_to_aten():
+    assert fallbacks(next(cases_of(entries()["softmax"], 1))) == ()
+    refused = judge_op("linalg.eigh", Settings(samples=1, lower_only=True))
+    assert {case.stock for case in refused.cases} == {"aten._linalg_eigh.default"}
+    assert not refused.is_lowered_by_stock
+    owed = dataclasses.replace(refused.cases[0], stock="none")
+    assert OpResult("x", "cpu", (owed,)).is_lowered_by_stock
 
 
 def test_cases_have_rows_of_their_own():

@@ -29,7 +29,7 @@ by torch.func.vmap; all of them together, and where something is wrong with that
 Needs what torch's own tests need: pip install expecttest.
 Exit code 1: some row changed its bits, or an op ended in an error."""
 
-_FIELDS = ("op", "target", "verdict", "cases", "refused", "rows", "changed", "seconds", "reason")
+_FIELDS = ("op", "target", "verdict", "cases", "refused", "rows", "changed", "seconds", "reason", "stock")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +155,7 @@ def _totals(results: list[OpResult]) -> dict[str, Any]:
         "rows compared": sum(result.rows for result in results),
         "rows changed": sum(case.changed for result in results for case in result.cases),
         "far from eager": len(far),
+        "refused but lowered by stock without a fallback": sum(r.is_lowered_by_stock for r in results),
     }
 
 
@@ -169,6 +170,7 @@ def _row(result: OpResult) -> dict[str, Any]:
         "changed": sum(case.changed for case in result.cases),
         "seconds": result.seconds,
         "reason": result.reason,
+        "stock": "; ".join(dict.fromkeys(case.stock for case in result.cases if case.stock)),
     }
 
 
@@ -192,4 +194,24 @@ def _markdown(results: list[OpResult], totals: dict[str, Any]) -> str:
     for row in map(_row, results):
         reason = row["reason"].replace("|", "\\|")[:160]
         lines.append(f"| {row['op']} | {row['verdict']} | {row['cases']} | {row['rows']} | {reason} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *_exceptions(results), ""])
+
+
+def _exceptions(results: list[OpResult]) -> list[str]:
+    """What is refused, and which kernels of ATen stock Inductor calls for it."""
+    refused = [result for result in results if result.verdict == "refused"]
+    lines = [
+        "## Refused here, and in stock",
+        "",
+        "Kernels of ATen that stock Inductor's code calls for each op;",
+    ]
+    lines += [
+        "*none*: stock lowers all of it, so a canonical form is owed.",
+        "",
+        "| op | stock calls |",
+        "|---|---|",
+    ]
+    for result in refused:
+        found = dict.fromkeys(case.stock for case in result.cases if case.stock)
+        lines.append(f"| {result.op} | {'; '.join(found) or 'not looked at'} |")
+    return lines

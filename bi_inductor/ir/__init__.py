@@ -30,7 +30,17 @@ from ..virtual import virtual_gpu
 
 _SIGNATURE = re.compile(r"^ *(.+?),? = args$", re.MULTILINE)
 #: Forms whose kernels are executed: those that are looked for, and those that add nothing in an order of theirs.
-_UNDERSTOOD = ("Tree(", "Chain(", "Exact(", "Drawn(", "Scan(", "Segments(", "Attention(")
+_UNDERSTOOD = (
+    "Tree(",
+    "Chain(",
+    "Exact(",
+    "Drawn(",
+    "Scan(",
+    "Segments(",
+    "Attention(",
+    "Chunks(",
+    "ScaledChunks(",
+)
 _SIZE = re.compile(r"^ *(s\d+) = (\w+)$", re.MULTILINE)
 
 
@@ -42,9 +52,10 @@ Shown = tuple[str, int | tuple[int, ...]]
 class Proof:
     """What the IR of one graph shows.
 
-    ``proven``: (combine or "chain", length) of the forms that were found, in every configuration; of attention
-    ("attention", (tile, near chunk, near keys, far chunk)). ``wrong``: sums in
-    no form's order. ``unknown``: kernel -> why it was not followed. ``configurations``: kernel -> those it ran in.
+    ``proven``: (combine or "chain", length) of the forms that were found, in every configuration; of chunks ("chunks",
+    (length, chunk, whether scaled)), of attention ("attention", (tile, near chunk, near keys, far chunk)).
+    ``wrong``: sums in no form's order. ``unknown``: kernel -> why it was not followed. ``configurations``: kernel ->
+    those it ran in.
     """
 
     proven: frozenset[Shown]
@@ -102,11 +113,15 @@ def _with_other_forms(certificate: Certificate) -> dict[str, str]:
 
 
 def lengths_of(entries: Iterable[Entry]) -> set[Shown]:
-    """(combine or "chain", length in the example) of the ordered forms among ``entries``; ("attention", its shape)."""
+    """(combine or "chain", length in the example) of the ordered forms among ``entries``; for others see ``Proof``."""
     numbers = [dataclasses.replace(entry, form=entry.example or entry.form) for entry in entries]
     forms = Forms(numbers)
     lengths = forms.trees | {("chain", length) for _, length in forms.chains}
     sums: set[Shown] = {(kind, length[0]) for kind, length in lengths if is_constant(length)}
+    chunked = {
+        (length[0], chunk, scaled) for _, length, chunk, scaled in forms.chunked if is_constant(length)
+    }
+    sums |= {("chunks", shape) for shape in chunked}
     return sums | {("attention", attention[1:]) for attention in forms.attentions}
 
 

@@ -22,12 +22,22 @@ class Found:
     wrong: list[str] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """One chunk of a product, and what its sum is multiplied by before it is added."""
+
+    starts_at_zero: bool
+    products: list[tuple[int, int]]
+    scales: list[int]
+
+
 class Orders:
     """Looks through the terms behind ``roots``. ``forms``: (combine or "chain", length) of the graph."""
 
     def __init__(self, terms: Terms, forms: set[tuple[str, Any]]) -> None:
         self.nodes, self.forms = terms.nodes, forms
         self.attentions = Attentions(terms, frozenset(shape for kind, shape in forms if kind == "attention"))
+        self._chunk_shapes = frozenset(shape for kind, shape in forms if kind == "chunks")
         self.found = Found()
         self._kinds: dict[int, str | None] = {}
         self._seen: set[int] = set()
@@ -54,6 +64,8 @@ class Orders:
             return self._look_at_chain(number)
         if self.attentions.shapes and self.attentions.parts(number) is not None:
             return self._look_at_attention(number)
+        if (chunks := self._chunks(number)) is not None:
+            return self._look_at_chunks(chunks)
         kind = self._kind(number)
         if kind is not None:
             return self._look_at_sum(number, kind)
@@ -179,20 +191,66 @@ class Orders:
         left, right = [a for a, _ in pairs], [b for _, b in pairs]
         starts_at_zero = self._is_neutral(at, ("0.0",))
         one_kind = len({step[0] for step in steps}) == 1
-        if (
-            starts_at_zero
-            and one_kind
-            and ("chain", len(pairs)) in self.forms
-            and self._ascend(left)
-            and self._ascend(right)
-        ):
-            self.found.proven.add(("chain", len(pairs)))
+        forms = self._forms_of_a_chain(len(pairs))
+        if starts_at_zero and one_kind and forms and self._ascend(left) and self._ascend(right):
+            self.found.proven.update(forms)
         else:
             start = "" if starts_at_zero else ", which does not start at 0"
             self.found.wrong.append(
                 f"a chain of {len(pairs)} products{start}, not a form's, or not ascending"
             )
         return [at, *left, *right]
+
+    def _forms_of_a_chain(self, length: int) -> set[tuple[str, Any]]:
+        """A chain, or the only chunk of a product that has no more."""
+        alone = {
+            ("chunks", shape)
+            for shape in self._chunk_shapes
+            if shape[0] == length <= shape[1] and not shape[2]
+        }
+        return alone | ({("chain", length)} & self.forms)
+
+    # Chunks.
+
+    def _chunks(self, number: int) -> list[_Chunk] | None:
+        """The chunks from left to right, if ``number`` is 0 + chunk + chunk ...; else None."""
+        found: list[_Chunk] = []
+        while self._chunk_shapes and self.nodes[number][0] == ADD:
+            _, number, dot = self.nodes[number]
+            scales: list[int] = []
+            while self.nodes[dot][0] == MULTIPLY:
+                _, dot, scale = self.nodes[dot]
+                scales.insert(0, scale)
+            if not self.nodes[dot][0].startswith(DOT):
+                return None
+            found.insert(
+                0, _Chunk(self._is_neutral(self.nodes[dot][1], ("0.0",)), self._products(dot), scales)
+            )
+        return found if found and self._is_neutral(number, ("0.0",)) else None
+
+    def _look_at_chunks(self, chunks: list[_Chunk]) -> Sequence[int]:
+        """Which of two scales is a's is not seen; that each chunk has two is."""
+        left, right = ([pair[side] for chunk in chunks for pair in chunk.products] for side in (0, 1))
+        lengths = [len(chunk.products) for chunk in chunks]
+        scales = {len(chunk.scales) for chunk in chunks}
+        is_ordered = (
+            all(chunk.starts_at_zero for chunk in chunks) and self._ascend(left) and self._ascend(right)
+        )
+        for length, chunk, scaled in self._chunk_shapes if is_ordered else ():
+            if lengths == _stretches(length, chunk) and scales == {2 if scaled else 0}:
+                self.found.proven.add(("chunks", (length, chunk, scaled)))
+                break
+        else:
+            self.found.wrong.append(f"chunks of {lengths} products, not a form's, or not ascending")
+        return [*left, *right, *(scale for chunk in chunks for scale in chunk.scales)]
+
+    def _products(self, dot: int) -> list[tuple[int, int]]:
+        """The pairs that one dot multiplies, without the zeros behind them."""
+        _, _, row, column = self.nodes[dot]
+        pairs = list(zip(self.nodes[row][1:], self.nodes[column][1:], strict=True))
+        while pairs and all(self._is_neutral(k, ("0.0",)) for k in pairs[-1]):
+            pairs.pop()
+        return pairs
 
     # Attention.
 
@@ -316,6 +374,11 @@ class Orders:
             for query_buffer, row in self._reads(query)
             for value_buffer, column in self._reads(element.values[0])
         ]
+
+
+def _stretches(length: int, chunk: int) -> list[int]:
+    """Lengths of the chunks of ``length`` products."""
+    return [min(chunk, length - start) for start in range(0, length, chunk)]
 
 
 def _counts_up(addresses: list[int]) -> bool:

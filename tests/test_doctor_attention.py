@@ -68,7 +68,7 @@ def in_steps(p, value, order):
 
 
 def test_operands_show_which_keys_a_step_adds():
-    """With threads of ``mma.sync`` that hold 4 keys, hardly one of 8192 ordinary sums ends otherwise; of these, 4 in 10."""
+    """With 4 keys in a thread of ``mma.sync``, hardly one of 8192 ordinary sums ends otherwise; of these, 4 in 10."""
     query, key, value = (x.double().flatten(0, 1) for x in doctor_attention.operands(KIND, 96, "cpu"))
     t = query @ key.transpose(1, 2) * (KIND.width**-0.5 * attention_op.LOG2_E)
     p = torch.exp2(t - t.amax(-1, keepdim=True).ceil()).bfloat16().double()[:, 0]

@@ -37,10 +37,10 @@ def masked(query, key, value, mask):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-def steps(schedule, mask, *, target="sm_90", dtype=torch.bfloat16):
+def steps(schedule, mask, *, target="sm_90", dtype=torch.bfloat16, inputs=(QUERY, KEYS, KEYS)):
     """What the steps of the dots of the attention kernel add, in one schedule."""
     torch._dynamo.reset()
-    inputs = (QUERY.to(dtype), KEYS.to(dtype), KEYS.to(dtype), mask)
+    inputs = (*(x.to(dtype) for x in inputs), mask)
     with mock.patch.object(triton_attention, "schedule_for", lambda *_: schedule):
         (graph,) = inspect(masked, *inputs, target=target).graphs
     name, text = next(iter(graph.kernels.items()))
@@ -57,6 +57,16 @@ def test_a_step_adds_neighbouring_keys_in_every_schedule(mask, target):
     assert {step.depth for each in found for step in each.found} == {16}
     families = {step.family for each in found for step in each.found}
     assert families == ({"mma.sync", "wgmma"} if target == "sm_90" else {"mma.sync"})
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_so_does_every_selectable_schedule(width):
+    """Behind a mask of bools: what narrow heads and wide ones may run with."""
+    form = contract.attention_form(width, width, torch.bfloat16)
+    inputs = [torch.randn(1, 1, length, width).bfloat16() for length in (40, 600, 600)]
+    for schedule in triton_attention.schedules(form, width, itemsize=2):
+        found = steps(schedule, torch.ones(1, 1, 40, 600, dtype=torch.bool), inputs=inputs)
+        assert not found.wrong and {step.depth for step in found.found} == {16}, schedule
 
 
 @pytest.mark.parametrize("schedule", [Schedule(16, 4, 2, True), Schedule(32, 8, 2, False)])

@@ -113,6 +113,25 @@ def test_gradients_are_grouped_products(device):
         assert ((gradients[1][expert].double() - exact).abs() <= 2e-2 * scale).all()
 
 
+def test_the_ops_of_transformers_are_grouped_products():
+    pytest.importorskip("transformers.integrations.moe")
+    a, weight = random_rows(40, 72).requires_grad_(), random_rows(3, 72, 24, seed=1).requires_grad_()
+    ends, cotangent = ends_of([7, 7, 38]).long(), random_rows(40, 24, seed=2)
+
+    def layer(a, weight, ends):
+        return torch.ops.transformers.grouped_mm_fallback(a, weight, ends)
+
+    output = compiled(layer)(a, weight, ends)
+    gradients = torch.autograd.grad(output, (a, weight), cotangent)
+    with torch.no_grad():
+        for expert, (start, end) in enumerate(spans([7, 7, 38])):
+            rows, upstream = a[start:end], cotangent[start:end]
+            assert same_bits(output[start:end], oracle.chain_matmul(rows, weight[expert]))
+            assert same_bits(gradients[0][start:end], oracle.chain_matmul(upstream, weight[expert].t()))
+            assert same_bits(gradients[1][expert], oracle.chain_matmul(rows.t(), upstream))
+    assert not output[38:].any() and not gradients[0][38:].any()
+
+
 def test_three_dims_are_an_ordinary_batch():
     a, b = rows(3, 16, 72), rows(3, 72, 24, seed=1)
     product = compiled(lambda a, b: torch._grouped_mm(a, b))

@@ -71,7 +71,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **_MATMUL_FAMILY,
         **integer.TABLE,
         **scaled.TABLE,
-        **grouped.TABLE,
+        **grouped.table(),
         **convolution.TABLE,
         **foreach.TABLE,
         **pooling.TABLE,

@@ -6,6 +6,9 @@
     [G, M, K] x [G, K, N]   bmm
 
 Gradients of grouped products are grouped products, so they get here by themselves.
+
+Transformers (``integrations/moe.py``) has custom ops for experts in a dtype that torch's op does not take, and for what
+their gradients are: loops of products over the same groups, so they are the same two ops here.
 """
 
 from __future__ import annotations
@@ -37,4 +40,24 @@ def _grouped_mm(
     return grouped_rows(mat2.t(), self.transpose(1, 2), offs).t().contiguous()
 
 
-TABLE: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+def _grouped_mm_fallback(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    return grouped_rows(input, weight, offs.to(torch.int32))
+
+
+def _grouped_mm_fallback_backward(
+    input: Tensor, weight: Tensor, offs: Tensor, grad_output: Tensor
+) -> tuple[Tensor, Tensor]:
+    ends = offs.to(torch.int32)
+    return grouped_rows(grad_output, weight.transpose(1, 2), ends), grouped_depth(
+        input.t(), grad_output, ends
+    )
+
+
+def table() -> dict[Any, Callable[..., Any]]:
+    """With the rules of transformers' ops as soon as it has registered them."""
+    rules: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+    for rule in (_grouped_mm_fallback, _grouped_mm_fallback_backward):
+        packet = getattr(torch.ops.transformers, rule.__name__.removeprefix("_"), None)
+        if packet is not None:
+            rules[packet.default] = rule
+    return rules

@@ -272,6 +272,22 @@ def test_gradients_of_weights_add_rows_and_those_of_inputs_do_not():
     assert by_dim[0] == set() and by_dim[None] <= {"aten.mm.default", "aten.sum.dim_IntList"}
 
 
+def test_what_a_backward_reads_is_known_from_its_forward(monkeypatch):
+    """Statistics of the batch have no rows to be seen by: that rows are mixed in them, only the forward shows."""
+    model, x = nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(8)), torch.randn(5, 64, requires_grad=True)
+    assert any(output.dim == 0 for output in certify(model, x, backward=True).batch.outputs[1])
+    normed = nn.Sequential(nn.BatchNorm1d(64, affine=False, track_running_stats=False), nn.LayerNorm(64))
+    assert all(
+        output.mixing for output in certify(normed, x, backward=True).batch.outputs[1] if output.dim is None
+    )
+    assert not any(output.dim == 0 for output in certify(normed, x, backward=True).batch.outputs[1])
+    monkeypatch.setattr(bi_inductor.row_mixing.analysis._Saved, "is_like", lambda *_: False)
+    lost = certify(model, x, backward=True).batch.outputs[1]
+    assert {cause.reason for output in lost for cause in output.mixing} >= {
+        "a saved tensor that was not found in the forward"
+    }
+
+
 def test_rows_are_mixed_in_one_way_whatever_the_batch():
     one, five = (certify(lambda x: x - x.mean(0), torch.randn(batch, 64)) for batch in (1, 5))
     assert one.batch.outputs == five.batch.outputs

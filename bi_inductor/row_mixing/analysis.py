@@ -84,16 +84,25 @@ def _places(gm: GraphModule, batch: sympy.Symbol | None, saved: dict[str, _Saved
     places: dict[Node, Place] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            known = saved.get(node.name)
-            if batch is None:
-                places[node] = _unknown(node)
-            else:
-                places[node] = known.place if known and known.is_like(node) else input_place(node, batch)
+            places[node] = _unknown(node) if batch is None else _input(node, batch, saved)
         elif node.op == "call_function":
             places[node] = place_of(Step(node, places, batch or sympy.Symbol("batch")))
         else:
             places[node] = INDEPENDENT
     return places
+
+
+def _input(node: Node, batch: sympy.Symbol, saved: dict[str, _Saved]) -> Place:
+    """What a backward reads that is neither an input of the function nor a gradient has to be known from its forward:
+    rows may have been mixed in it before."""
+    known = saved.get(node.name)
+    if known is not None and known.is_like(node):
+        return known.place
+    is_given = node.name.startswith(("primals_", "tangents_"))
+    is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+    if saved and is_tensor and not is_given:
+        return Mixed((Cause(node.name, "", "a saved tensor that was not found in the forward", node.name),))
+    return input_place(node, batch)
 
 
 def _only_symbol(gm: GraphModule) -> sympy.Symbol | None:

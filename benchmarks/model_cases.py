@@ -269,13 +269,10 @@ _TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "res2net": ("res2net50_14w_8s", {"layers": (1, 1, 1, 1), "out_indices": (0, 1, 2)}),
     "skresnet": ("skresnet18", {"layers": (1, 1, 1, 1), "out_indices": (0, 1, 2)}),
     "gcresnet": ("gcresnext26ts", {"out_indices": (0, 1)}),
-    "ecaresnet": ("ecaresnet26t", {"layers": (1, 1, 1, 1), "out_indices": (0, 1, 2)}),
     "halonet": ("halonet26t", {"side": 256, "out_indices": (2, 3)}),
     "lambda": ("lambda_resnet26t", {"out_indices": (2, 3)}),
     "nfnet": ("nfnet_l0", {"out_indices": (0, 1)}),
     "dpn": ("dpn48b", {"out_indices": (0, 1)}),
-    "hrnet": ("hrnet_w18_small", {}),
-    "levit": ("levit_128s", {"side": 224}),
 }
 if importlib.util.find_spec("timm") is not None:
     MODELS |= {f"timm-{family}": _timm(name, **sizes) for family, (name, sizes) in _TIMM.items()}
@@ -286,16 +283,6 @@ def timm_mixer() -> Case:
     from timm.models.mlp_mixer import MlpMixer
 
     module = MlpMixer(num_classes=10, img_size=64, patch_size=16, num_blocks=2, embed_dim=32)
-    return module, (_images(64),), module
-
-
-@model("timm")
-def timm_gmlp() -> Case:
-    from timm.models.mlp_mixer import MlpMixer, SpatialGatingBlock
-
-    module = MlpMixer(
-        num_classes=10, img_size=64, patch_size=16, num_blocks=2, embed_dim=32, block_layer=SpatialGatingBlock
-    )
     return module, (_images(64),), module
 
 

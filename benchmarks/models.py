@@ -2,12 +2,14 @@
 
     python benchmarks/models.py --csv benchmarks/results/models.csv [--only NAME ...] [--device cuda] [--stock]
     python benchmarks/models.py --backward --csv ...
+    python benchmarks/models.py --generate cpu [--backward]
 
 For every model: the largest difference from eager (over the largest value), and how many rows change when the same
 rows are computed at batch 1, 2 and 7 instead of 7 at once. With ``--backward`` the model is in training mode with its
 dropout off, the loss of a row is the sum of the squares of its outputs, and the gradients of inputs and of embedded
-tokens are compared row by row, those of parameters from run to run. What is refused is named. Transformers,
-torchvision and timm are used where they are installed.
+tokens are compared row by row, those of parameters from run to run. ``--generate`` makes the code, which the verifier
+reads, but neither compiles nor runs it: seconds instead of minutes. What is refused is named. Transformers, torchvision
+and timm are used where they are installed.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from timing import write_csv
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bi_inductor import BatchInvarianceError, certify
 from bi_inductor.testing import changed_rows_over_batches, same_bits
 
 
@@ -132,21 +135,42 @@ def _losses(module: nn.Module, call: Callable[..., Tensor]) -> Callable[..., Ten
     return losses
 
 
+def _leaves(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Inputs with their gradients, and zeros as offsets of those that are tokens."""
+
+    def offset(tokens: Tensor) -> Tensor:
+        width = module.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        return torch.zeros(*tokens.shape, width, device=tokens.device, requires_grad=True)
+
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    return leaves, [offset(x) if x.dtype == torch.int64 else None for x in inputs]
+
+
+def generate(name: str, target: str, backward: bool) -> dict[str, object]:
+    """Model, mode, number of generated kernels, refusal."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module, inputs, call = _made(name, "cpu")
+    arguments: Sequence[Any] = inputs
+    if backward:
+        call, arguments = _losses(_without_dropout(module), call), _leaves(module, inputs)
+    result: dict[str, object] = {"model": name, "mode": "training" if backward else "inference"}
+    try:
+        with torch.set_grad_enabled(backward):
+            made = certify(call, *arguments, batch_dim=None, target=target, backward=backward)
+    except BatchInvarianceError as error:
+        return result | {"kernels": 0, "refused": str(error)}
+    return result | {"kernels": sum(len(graph.kernels) for graph in made.certificates), "refused": ""}
+
+
 def _compare_gradients(name: str, device: str, backend: str) -> dict[str, object]:
     module, inputs, call = _made(name, device)
     parameters = list(_without_dropout(module).parameters())
 
-    def offset(x: Tensor) -> Tensor | None:
-        if x.dtype != torch.int64:
-            return None
-        width = module.get_input_embeddings().embedding_dim  # type: ignore[operator]
-        return torch.zeros(*x.shape, width, device=device, requires_grad=True)
-
     def gradients_of_rows(losses: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
         def step(*rows: Tensor) -> list[Tensor]:
             module.zero_grad()
-            leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in rows]
-            offsets = [offset(x) for x in rows]
+            leaves, offsets = _leaves(module, rows)
             loss = losses(leaves, offsets)
             loss.sum().backward()
             return [
@@ -183,8 +207,15 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--stock", action="store_true", help="stock Inductor beside ours")
     parser.add_argument("--backward", action="store_true", help="a training step instead of inference")
+    parser.add_argument(
+        "--generate", metavar="TARGET", help="generate and verify code for this target, no more"
+    )
     parser.add_argument("--csv")
     arguments = parser.parse_args()
+    if arguments.generate:
+        made = [generate(name, arguments.generate, arguments.backward) for name in arguments.only]
+        print(*made, sep="\n")
+        return int(any(row["refused"] for row in made))
     rows = []
     for name in arguments.only:
         for backend in ("batchinv", "inductor") if arguments.stock else ("batchinv",):

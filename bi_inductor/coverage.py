@@ -206,7 +206,10 @@ def _described(error: BaseException) -> str:
 
 
 def _described_uncaptured(case: Case, error: BaseException) -> str:
-    outputs = tensors_in(case.call(*case.arguments(0, 2)))
+    try:
+        outputs = tensors_in(case.call(*case.arguments(0, 2)))
+    except Exception as of_eager:  # an op of another device
+        return f"eager fails too: {_described(of_eager)}"
     if any(x.layout != torch.strided for x in outputs):
         return "its result is a sparse tensor, of which Dynamo makes no graph"
     return _described(error)

@@ -21,6 +21,8 @@ SAMPLE = {
     "nn.functional.layer_norm": "canonical",
     "sin": "invariant",
     "uniform": "canonical",
+    "empty_like": "invariant",
+    "cross": "invariant",
     "linalg.eigh": "refused",
     "masked_select": "refused",
 }
@@ -92,6 +94,11 @@ def test_stock_inductor_is_found_out():
     stock = Settings(backend="inductor", samples=4, dynamic=True)
     result, others = judge_op("nn.functional.linear", stock), judge_op("linalg.vector_norm", stock)
     assert "VIOLATION" in (result.verdict, others.verdict), (result, others)
+
+
+def test_what_eager_cannot_do_here_is_no_error():
+    result = judge_op("jiterator_unary", Settings(samples=1))
+    assert result.verdict == "uncaptured" and result.reason.startswith("eager fails too: ")
 
 
 def test_a_crash_is_an_error_and_the_table_goes_on(monkeypatch):

@@ -32,6 +32,7 @@ APART = {
     "convolution": lambda x: F.conv1d(x, torch.ones(3, 5, 3), padding=1),
     "batch norm in eval": lambda x: F.batch_norm(x, W[0, :5], W[1, :5].abs()),
     "windows": lambda x: x.unfold(2, 3, 1).sum(-1),
+    "dropout": lambda x: F.dropout(x, 0.5) + torch.rand_like(x),
 }
 
 MIXING = {
@@ -51,6 +52,7 @@ MIXING = {
     "the number of rows": lambda x: x / x.shape[0],
     "regrouped": lambda x: x.transpose(0, 1).reshape(x.shape) + x,
     "einsum over rows": lambda x: torch.einsum("bik,bjk->ij", x, x),
+    "dropout of another dimension's rows": lambda x: F.dropout(x.transpose(0, 1), 0.5),
 }
 
 

@@ -1,8 +1,8 @@
 """Random numbers of every distribution out of uniform and normal ones: functions of seed and position alone.
 
-Position is the element's in its tensor, row-major: neither the batch size nor a neighbour's contents can change a row,
-but a row that moves draws other numbers. Distributions by rejection (poisson, gamma, binomial) draw as many numbers as
-the data want and are refused.
+Position is the element's in its tensor, row-major, however that is laid out in memory: with the batch as outermost
+dimension neither its size nor a neighbour's contents can change a row, but a row that moves draws other numbers.
+Distributions by rejection (poisson, gamma, binomial) draw as many numbers as the data want and are refused.
 
     exponential  -log1p(-u) / rate          geometric   ceil(log1p(-u) / log1p(-p))
     cauchy       median + sigma tan(pi (u - 1/2))          log_normal  exp(mean + std n)
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import compute_elementwise_output_logical_to_physical_perm
 
 aten = torch.ops.aten
 
@@ -29,6 +30,49 @@ def _uniform_like(x: Tensor) -> Tensor:
 
 def _normal_like(x: Tensor) -> Tensor:
     return torch.randn(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rand_like(
+    self: Tensor, *, dtype: Any = None, memory_format: Any = torch.preserve_format, **settings: Any
+) -> Tensor:
+    values = torch.rand(self.shape, dtype=dtype or self.dtype, device=settings.get("device") or self.device)
+    return _laid_out(values, self, memory_format)
+
+
+def _randn_like(
+    self: Tensor, *, dtype: Any = None, memory_format: Any = torch.preserve_format, **settings: Any
+) -> Tensor:
+    values = torch.randn(self.shape, dtype=dtype or self.dtype, device=settings.get("device") or self.device)
+    return _laid_out(values, self, memory_format)
+
+
+def _randint_like(self: Tensor, high: int, **settings: Any) -> Tensor:
+    return _randint_like_from(self, 0, high, **settings)
+
+
+def _randint_like_from(
+    self: Tensor,
+    low: int,
+    high: int,
+    *,
+    dtype: Any = None,
+    memory_format: Any = torch.preserve_format,
+    **settings: Any,
+) -> Tensor:
+    device = settings.get("device") or self.device
+    values = torch.randint(low, high, self.shape, dtype=dtype or self.dtype, device=device)
+    return _laid_out(values, self, memory_format)
+
+
+def _laid_out(values: Tensor, like: Tensor, memory_format: Any) -> Tensor:
+    """``values`` in memory as ``like``, or in the memory format asked for: drawn first, so no layout reaches them."""
+    if memory_format != torch.preserve_format:
+        return values.to(memory_format=memory_format)
+    order, _ = compute_elementwise_output_logical_to_physical_perm(like)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return (
+        values if order == inverse == sorted(order) else values.permute(order).contiguous().permute(inverse)
+    )
 
 
 def _uniform(self: Tensor, low: float = 0, high: float = 1, *, generator: Any = None) -> Tensor:
@@ -99,6 +143,10 @@ def _randperm(
 
 
 TABLE: dict[Any, Callable[..., Any]] = {
+    aten.rand_like.default: _rand_like,
+    aten.randn_like.default: _randn_like,
+    aten.randint_like.default: _randint_like,
+    aten.randint_like.low_dtype: _randint_like_from,
     aten.uniform.default: _uniform,
     aten.exponential.default: _exponential,
     aten.geometric.default: _geometric,

@@ -95,7 +95,7 @@ def _layers(
             last.append(final)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if train and dropout and layer < num_layers - 1:
-            x = torch.dropout(x.contiguous(), dropout, train)  # random numbers follow the place in memory
+            x = torch.dropout(x, dropout, train)
     finals = (torch.cat(state) for state in zip(*last, strict=True))
     return x if batch_first else x.transpose(0, 1), *finals
 

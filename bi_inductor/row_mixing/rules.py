@@ -89,6 +89,8 @@ def place_of(step: Step) -> Place:
     name = target._schema.name.split("::")[1]
     if name.startswith("sym_"):  # a size; what takes one as a value is found below
         return INDEPENDENT
+    if name in _DRAWN and not _is_outermost(step):
+        return step.mixed("it draws by position, which follows the size of a batch that is not outermost")
     if _takes_the_batch_size(step, name):
         return step.mixed("its result follows the batch size")
     if not any(isinstance(place, Rows) for place in operands):
@@ -96,6 +98,16 @@ def place_of(step: Step) -> Place:
     if name in RULES:
         return RULES[name](step)
     return _elementwise(step) if is_pointwise(target) else step.mixed("nothing is known about it")
+
+
+#: Ops whose results follow the row-major position of an element.
+_DRAWN = frozenset("rand randn randint inductor_random inductor_randint".split())
+
+
+def _is_outermost(step: Step) -> bool:
+    """True if no dimension before the batch has elements beside each other; and for results without rows."""
+    sizes = [size for size in shape_of(step.node) if size != 1]
+    return not any(_follows(size, step.batch) for size in sizes[1:])
 
 
 #: Ops that take sizes for values beside those that are only the extents of their results.

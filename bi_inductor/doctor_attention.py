@@ -35,7 +35,11 @@ _KERNEL = re.compile(r"attention\.(?:one_chunk|all_chunks)\(")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One kind of attention. ``depths``: numbers of keys, to the middle of a tile, and past a chunk."""
+    """One kind of attention. ``depths``: numbers of keys, to the middle of a tile, and past a chunk.
+
+    ``width``: head dim, a power of 4, so that its scale is a power of two: masks of floats are added to scaled scores,
+    which rounds once more with any other scale.
+    """
 
     name: str
     dtype: torch.dtype
@@ -54,7 +58,7 @@ class Kind:
 KINDS = (
     Kind("attention-bfloat16", torch.bfloat16, 64),
     Kind("attention-bfloat16-wide", torch.bfloat16, 256),
-    Kind("attention-float16", torch.float16, 128),
+    Kind("attention-float16", torch.float16, 64),
     Kind("attention-tf32", torch.float32, 64, tf32=True),
     Kind("attention-float32", torch.float32, 64),
 )

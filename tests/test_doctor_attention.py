@@ -28,8 +28,9 @@ def in_interpreter(*graph):
 SCHEDULES = [Schedule(16, 4, 3, True), Schedule(64, 4, 3, False)]
 
 
-def test_agreement_is_one_class(few_rows):
-    kind = dataclasses.replace(KIND, depths=(70,))
+@pytest.mark.parametrize("kind", doctor_attention.KINDS, ids=lambda kind: kind.name)
+def test_agreement_is_one_class(kind, few_rows):
+    kind = dataclasses.replace(kind, depths=(70,))
     (result,) = doctor_attention.examine(kind, SCHEDULES, device="cpu", execute=in_interpreter)
     assert result.classes == (1,) and result.tiles == 2 * 3 and result.agrees
 

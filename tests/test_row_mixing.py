@@ -33,6 +33,7 @@ APART = {
     "batch norm in eval": lambda x: F.batch_norm(x, W[0, :5], W[1, :5].abs()),
     "windows": lambda x: x.unfold(2, 3, 1).sum(-1),
     "dropout": lambda x: F.dropout(x, 0.5) + torch.rand_like(x),
+    "dropout of rows and positions": lambda x: F.dropout(x.flatten(0, 1), 0.5).view(x.shape) + x,
 }
 
 MIXING = {
@@ -53,6 +54,7 @@ MIXING = {
     "regrouped": lambda x: x.transpose(0, 1).reshape(x.shape) + x,
     "einsum over rows": lambda x: torch.einsum("bik,bjk->ij", x, x),
     "dropout of another dimension's rows": lambda x: F.dropout(x.transpose(0, 1), 0.5),
+    "dropout of positions and rows": lambda x: F.dropout(x.transpose(0, 1).reshape(-1, 8), 0.5),
 }
 
 

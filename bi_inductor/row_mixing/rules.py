@@ -89,8 +89,8 @@ def place_of(step: Step) -> Place:
     name = target._schema.name.split("::")[1]
     if name.startswith("sym_"):  # a size; what takes one as a value is found below
         return INDEPENDENT
-    if name in _DRAWN and not _is_outermost(step):
-        return step.mixed("it draws by position, which follows the size of a batch that is not outermost")
+    if name in _DRAWN:
+        return _drawn(step)
     if _takes_the_batch_size(step, name):
         return step.mixed("its result follows the batch size")
     if not any(isinstance(place, Rows) for place in operands):
@@ -104,10 +104,16 @@ def place_of(step: Step) -> Place:
 _DRAWN = frozenset("rand randn randint inductor_random inductor_randint".split())
 
 
-def _is_outermost(step: Step) -> bool:
-    """True if no dimension before the batch has elements beside each other; and for results without rows."""
-    sizes = [size for size in shape_of(step.node) if size != 1]
-    return not any(_follows(size, step.batch) for size in sizes[1:])
+def _drawn(step: Step) -> Place:
+    """Rows of numbers that follow their slots alone, if no dimension before the batch has several elements."""
+    sizes = list(shape_of(step.node))
+    following = [dim for dim, size in enumerate(sizes) if _follows(size, step.batch)]
+    if not following:
+        return INDEPENDENT
+    count = batches(sizes[following[0]], step.batch)
+    if len(following) > 1 or count is None or any(size != 1 for size in sizes[: following[0]]):
+        return step.mixed("it draws by position, which follows the size of a batch that is not outermost")
+    return Rows(following[0], 1, count)
 
 
 #: Ops that take sizes for values beside those that are only the extents of their results.

@@ -16,6 +16,7 @@ from torch._inductor.ops_handler import ReductionType
 from torch._inductor.virtualized import V
 
 from .. import _compat
+from .triton_sizes import SizePrinter
 
 #: Upper bound of a reduced length about which nothing is known; int64 indexing does not loop further in practice.
 _UNBOUNDED_LENGTH = 2**31
@@ -24,7 +25,9 @@ _LOW_PRECISION = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 
 class BatchInvariantTritonKernel(TritonKernel):
-    """A TritonKernel that emits ``sum`` and ``prod`` in the TREE form."""
+    """A TritonKernel that emits ``sum`` and ``prod`` in the TREE form, and numbers made from sizes in fp64."""
+
+    kexpr = staticmethod(SizePrinter().doprint)
 
     @classmethod
     def gen_common_triton_imports(cls) -> str:

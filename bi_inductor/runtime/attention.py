@@ -153,6 +153,8 @@ def _tile(
     k = load_rows(k_base, keys.to(INDEX)[None, :], dims, stride_kn, stride_kd, exists, D)
     t = tl.dot(q, k, input_precision=PRECISION)
     if SCALE_FIRST:
+        if SCALE == 1.0:  # a choice that is none: Triton would start the dot from what is added to it next
+            t = tl.where(t == 0.0, 0.0, t)
         t = t * SCALE
         factor = tl.full((), LOG2_E, tl.float32)
     else:

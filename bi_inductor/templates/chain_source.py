@@ -2,7 +2,9 @@
 
     out[m, n] = chain(m, n) = (((0 + a[m, 0] b[0, n]) + a[m, 1] b[1, n]) + ...), k ascending, then + 0.0
 
-one accumulator per output; ``step`` walks K in steps of BLOCK_K, each one ``tl.dot``. The loop over ``number`` walks
+one accumulator per output; ``step`` walks K in steps of BLOCK_K, each one ``tl.dot``. The final + 0.0 is spelled as a
+choice: Triton rewrites ``dot(a, b, 0) + c``, which a chain of one step would be, as ``dot(a, b, c)``, so that the chain
+started from the bias. The loop over ``number`` walks
 the tiles of a program: all of one SM with TMA, a single one otherwise. With EXTRA_N a tile has two accumulators, which
 share the rows of A: tile_n covers BLOCK_N + EXTRA_N columns.
 """
@@ -118,16 +120,16 @@ SOURCE = r"""
                 if EXTRA_N:
                     extra_block += BLOCK_K * stride_bk
         if SWAP:
-            acc = tl.trans(acc) + 0.0
-        else:
-            acc = acc + 0.0
+            acc = tl.trans(acc)
+        acc = tl.where(acc == 0.0, 0.0, acc)
         idx_m = rows[:, None]
         idx_n = columns[None, :]
         mask = (idx_m < M) & (idx_n < N)
         {{ store_output(("idx_b",) * BATCHED + ("idx_m", "idx_n"), "acc", "mask", indent_width=8,
                         val_shape=("BLOCK_M", "BLOCK_N")) }}
         if EXTRA_N:
-            acc = extra_acc + 0.0
+            acc = extra_acc
+            acc = tl.where(acc == 0.0, 0.0, acc)
             idx_m = rows[:, None]
             idx_n = extra_columns[None, :]
             mask = (idx_m < M) & (idx_n < N)

@@ -41,7 +41,10 @@ _LOOP = (
         acc = tl.dot({{"b, a" if SWAP else "a, b"}}, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_TYPE)
         a_block += BLOCK_K * stride_ak
         b_block += BLOCK_K * stride_bk
-    acc = {{"tl.trans(acc)" if SWAP else "acc"}} + 0.0
+{% if SWAP %}
+    acc = tl.trans(acc)
+{% endif %}
+    acc = tl.where(acc == 0.0, 0.0, acc)
 """
 )
 

@@ -82,7 +82,12 @@ SOURCE = (
 {% endif %}
         a_block += BLOCK_K * stride_ak
         b_block += BLOCK_K * stride_bk
-    acc = {{"tl.trans(acc)" if SWAP else "acc"}}{{"" if INTEGER else " + 0.0"}}
+{% if SWAP %}
+    acc = tl.trans(acc)
+{% endif %}
+{% if not INTEGER %}
+    acc = tl.where(acc == 0.0, 0.0, acc)
+{% endif %}
     idx_m = rows[:, None]
     idx_n = columns[None, :]
     mask = (idx_m < M) & (idx_n < N)

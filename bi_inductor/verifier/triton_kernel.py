@@ -61,6 +61,8 @@ IMPORTS = frozenset(
         "from bi_inductor.runtime import tiles as triton_heuristics",
     ]
 )
+#: What makes numbers of sizes fp64; see ``codegen/triton_sizes.py``.
+_FP64_ONE = "tl.full([], 1.0, tl.float64)"
 #: Settings of a kernel that reach its bits; ``enable_fp_fusion`` must be given.
 FLAGS = {"enable_fp_fusion": False, "native_matmul": False, "atomic_add_found": False}
 
@@ -196,7 +198,9 @@ class TritonKernel(KernelSyntax):
 
     def _check_division(self, node: ast.BinOp) -> None:
         """fp32 quotients are rounded to nearest; Triton's ``/`` is not, except in fp64."""
-        if any("float64" in line or "*fp64'" in line for line in self.lines):
+        if ast.unparse(node.left).startswith(f"{_FP64_ONE} * "):  # of sizes
+            return
+        if any("float64" in line.replace(_FP64_ONE, "") or "*fp64'" in line for line in self.lines):
             return
         # Torch 2.11 writes a reciprocal as (int 1) / x wherever it occurs.
         if not self.text_of(dotted(node.left)).endswith(", 1, tl.int32)"):

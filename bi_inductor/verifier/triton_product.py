@@ -70,11 +70,13 @@ class ChainedProduct:
             self._check_extra_columns(steps)
         outside = [statement for statement in kernel.statements if not kernel.is_in_loop(statement)]
         bound = [kernel.text(value) for s in outside for name, value in assigned(s) if name == "acc"]
-        wanted = ["tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)", f"acc{self._end()}"]
+        wanted = ["tl.zeros((BLOCK_M, BLOCK_N), ACC_TYPE)", *self._end()]
         if kernel.text_of("SWAP") == "True":
-            wanted = ["tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)", f"tl.trans(acc){self._end()}"]
-        if bound[:2] != wanted:
-            kernel.note("dot", dot, f"the accumulator starts and ends as {bound[:2]}, not as {wanted}")
+            wanted = ["tl.zeros((BLOCK_N, BLOCK_M), ACC_TYPE)", "tl.trans(acc)", *self._end()]
+        if self.has_extra_columns:
+            wanted += ["extra_acc", *self._end()]
+        if bound != wanted:
+            kernel.note("dot", dot, f"the accumulator is bound to {bound}, not to {wanted}")
         for call in kernel.calls:
             if dotted(call.func) == "tl.program_id" and kernel.text(call) != "tl.program_id(0)":
                 kernel.note("dot", call, "programs may share one product")
@@ -86,8 +88,7 @@ class ChainedProduct:
 
     def _check_extra_columns(self, steps: list[str]) -> None:
         kernel = self.kernel
-        ends = [kernel.text(v) for s in kernel.statements for name, v in assigned(s) if name == "acc"]
-        if _EXTRA_DOT not in steps or f"extra_acc{self._end()}" not in ends:
+        if _EXTRA_DOT not in steps:
             kernel.note(
                 "dot", kernel.assignments.get("extra_acc"), "the extra columns are no chain of their own"
             )
@@ -95,9 +96,9 @@ class ChainedProduct:
         if starts[:1] != ["tl.zeros((BLOCK_M, EXTRA_N), ACC_TYPE)"]:
             kernel.note("dot", kernel.assignments.get("extra_acc"), f"extra columns start as {starts[:1]}")
 
-    def _end(self) -> str:
-        """What follows the sums, once."""
-        return " + 0.0"
+    def _end(self) -> list[str]:
+        """What follows the sums, once: + 0.0 in a form that Triton does not merge with the last product."""
+        return ["tl.where(acc == 0.0, 0.0, acc)"]
 
     def is_exact_sum(self, call: ast.Call) -> bool:
         """True for a reduction that no order can change, as a grouped product needs it."""

@@ -44,8 +44,8 @@ class QuantizedProduct(ChainedProduct):
     def dot(self) -> re.Pattern[str]:  # type: ignore[override]
         return _CHUNK_DOT if self.is_chunked else _CHAIN_DOT
 
-    def _end(self) -> str:
-        return "" if self.kernel.text_of("ACC_TYPE") == "tl.int32" else super()._end()
+    def _end(self) -> list[str]:
+        return [] if self.kernel.text_of("ACC_TYPE") == "tl.int32" else super()._end()
 
     def is_step(self, name: str, statement: ast.stmt) -> bool:
         if name == "acc" and self.is_chunked:

@@ -35,3 +35,11 @@ def branching_kernel() -> Any:
     from torch._inductor import ir
 
     return ir.Switch if hasattr(ir, "Switch") else ir.Conditional
+
+
+def compares_sizes_as_written() -> bool:
+    """True where the analysis of tilings takes s*(t - 1) and s*t - s for two sizes, and fails with an assertion.
+
+    Torch 2.13 is the first version known to ask for equal values; ``scope.py`` does no harm to one that does.
+    """
+    return torch.__version__ < (2, 13)

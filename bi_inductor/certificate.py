@@ -6,6 +6,7 @@ written as JSON (``docs/certificate.md``). What goes into it from a graph is the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import hashlib
@@ -13,6 +14,7 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,7 @@ def extract(source: str) -> Certificate | None:
 
 _registry: list[Certificate] = []
 _registry_lock = threading.Lock()
+_collections: list[list[str]] = []
 
 
 def record_from(source: str) -> None:
@@ -259,6 +262,24 @@ def record_from(source: str) -> None:
     if certificate is not None:
         with _registry_lock:
             _registry.append(certificate)
+            for collection in _collections:
+                collection.append(source)
+
+
+@contextlib.contextmanager
+def collected_sources() -> Iterator[list[str]]:
+    """A list to which the source of each graph is added that this process compiles or loads from a cache meanwhile.
+
+    Inductor's own list of loaded modules is emptied after each graph where caches are disabled.
+    """
+    sources: list[str] = []
+    with _registry_lock:
+        _collections.append(sources)
+    try:
+        yield sources
+    finally:
+        with _registry_lock:  # by identity: two empty lists are equal
+            _collections[:] = [other for other in _collections if other is not sources]
 
 
 def certificates() -> list[Certificate]:

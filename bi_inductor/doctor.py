@@ -14,13 +14,13 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bi_inductor.certificate import collected_sources
 from bi_inductor.targets import TARGETS
 from bi_inductor.templates import quantized_tiles, tile_table
 from bi_inductor.templates.tile_table import Tile
@@ -251,14 +251,14 @@ def on_the_gpu(graph: Callable[..., Any], *inputs: Any) -> list[list[Any]]:
 def prepared(template: str, chooser: str, chosen: Sequence[Any], *, tf32: bool) -> Iterator[list[str]]:
     """Everything set for compiling and running a graph: :func:`chosen_in_turn`, tf32 allowed or not, no gradients.
 
-    Yields a list that has the sources of the modules that were loaded, when the context is left.
+    Yields a list of the generated modules that were compiled so far, as text.
     """
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
         stack.enter_context(chosen_in_turn(template, chooser, chosen))
         stack.enter_context(_tf32(tf32))
         stack.enter_context(torch.no_grad())
-        yield stack.enter_context(_loaded_sources())
+        yield stack.enter_context(collected_sources())
 
 
 @contextlib.contextmanager
@@ -290,17 +290,6 @@ def _tf32(allowed: bool) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-@contextlib.contextmanager
-def _loaded_sources() -> Iterator[list[str]]:
-    """The generated modules that are loaded meanwhile, as text."""
-    from torch._inductor.codecache import PyCodeCache
-
-    before, sources = len(PyCodeCache.modules), []  # type: tuple[int, list[str]]
-    yield sources
-    wrappers = [module for module in PyCodeCache.modules[before:] if hasattr(module, "call")]
-    sources += [Path(str(module.__file__)).read_text() for module in wrappers]
-
-
 def instructions(
     source: str, count: int, target: str | None = None, *, pattern: re.Pattern[str] = _PRODUCT
 ) -> list[str]:
@@ -318,7 +307,7 @@ def instructions(
     products = [(name, text) for name, text in kernel_definitions(source).items() if pattern.search(text)]
     if target not in TARGETS:
         return ["unknown"] * min(count, len(products))
-    try:  # what was compiled for the run is found in Triton's cache
+    try:
         return [_family(kernel.ptx) for kernel in compile_offline(dict(products[:count]), target)]
     except Exception:  # a name for the report, which must not cost it
         return ["unknown"] * min(count, len(products))

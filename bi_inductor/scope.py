@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from . import _compat
 from .declared_ops import declarations
 from .errors import BatchInvarianceError
 from .options import Options, required_patches
@@ -109,6 +110,7 @@ def _install() -> None:
         _install_code_generators()
         _install_reductions()
         _install_division()
+        _install_size_comparison()
         _install_certificate_reader()
     except BaseException:
         _restore()
@@ -193,6 +195,26 @@ def _install_division() -> None:
         return None if _options() is not None else stock(x)
 
     _replace(lowering, "get_constant_value", get_constant_value)
+
+
+def _install_size_comparison() -> None:
+    """Ops of a kernel have the kernel's size however it is written: a dynamic graph has s*(t - 1) beside s*t - s."""
+    if not _compat.compares_sizes_as_written():
+        return
+    from torch._inductor import tiling_utils
+    from torch._inductor.utils import sympy_product
+    from torch._inductor.virtualized import V
+
+    stock = tiling_utils.get_pw_red_splits
+
+    def get_pw_red_splits(node: Any, pointwise_numel: Any, *args: Any, **kwargs: Any) -> Any:
+        if _options() is not None:
+            size = sympy_product(node._body.sizes[0])
+            if V.graph.sizevars.statically_known_equals(size, pointwise_numel):
+                pointwise_numel = size
+        return stock(node, pointwise_numel, *args, **kwargs)
+
+    _replace(tiling_utils, "get_pw_red_splits", get_pw_red_splits)
 
 
 def _install_certificate_reader() -> None:

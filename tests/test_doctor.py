@@ -8,6 +8,7 @@ from test_scaled_matmul import families
 
 from bi_inductor import cli, doctor, inspect, verifier
 from bi_inductor.commands import doctor as command
+from bi_inductor.inspection import kernel_definitions
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.templates import mma_family, quantized_tiles, tile_table
 from bi_inductor.templates.tile_table import Tile
@@ -83,6 +84,17 @@ def test_the_doctor_on_this_gpu(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["agree"] and {result["kind"] for result in report["results"]} == {"int8", "float8_e4m3fn"}
     assert cli.main(["doctor", "--kinds", "float7"]) == 2
+
+
+def test_what_is_compiled_is_known_by_its_source():
+    """Where nothing is cached: of it the report's names of instructions are made."""
+    x = torch.randn(3, 5)
+    with doctor.prepared("triton_matmul", "tile_for", [], tf32=False) as sources:
+        torch.compile(lambda x: x.sum(-1), backend="batchinv")(x)
+        torch.compile(lambda x: x.amax(-1), backend="inductor")(x)
+    torch.compile(lambda x: x.prod(-1), backend="batchinv")(x)
+    (source,) = sources
+    assert [*kernel_definitions(source)] == ["cpp_fused_sum_0"]
 
 
 # No tile of another family

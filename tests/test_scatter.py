@@ -167,18 +167,22 @@ def test_gradient_of_an_embedding(device):
     assert same_bits(gradient(scale_grad_by_freq=True), scaled)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_language_model_trains(device):
-    """Two compiles, one static and one dynamic, give the same weight gradients."""
-    torch.manual_seed(0)
+def language_model(device):
+    """A model, its loss as a function of tokens, and tokens."""
     model = torch.nn.Sequential(
         torch.nn.Embedding(50, 16), torch.nn.RMSNorm(16), torch.nn.Linear(16, 50, bias=False)
     ).to(device)
-    tokens = rows_to(50, 66, device).reshape(2, 33)
 
     def loss(tokens):
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
+    return model, loss, rows_to(50, 66, device).reshape(2, 33)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_language_model_trains(device):
+    """Two compiles, one static and one dynamic, give the same weight gradients."""
+    model, loss, tokens = language_model(device)
     gradients = []
     for dynamic in (False, True):
         torch._dynamo.reset()
@@ -187,6 +191,15 @@ def test_a_language_model_trains(device):
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(map(same_bits, *gradients))
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+
+
+def test_a_language_model_of_any_length_is_generated_for_a_gpu():
+    """Its norm has batch * (length - 1) rows, which torch writes in two ways; torch 2.11 takes them for two sizes."""
+    _, loss, tokens = language_model("cpu")
+    found = bi_inductor.inspect(loss, tokens, target="sm_90", dynamic=True, backward=True)
+    assert [graph.is_backward for graph in found.graphs] == [False, True]
+    (norm,) = (text for text in found.graphs[0].kernels.values() if "rsqrt(" in text)
+    assert "ordered.tree_sum(" in norm and "ks0" in norm
 
 
 def test_the_fingerprint_does_not_follow_the_number_of_rows():

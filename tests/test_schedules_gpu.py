@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from devices import compiled, random_rows
 from torch._inductor import config
 
-from bi_inductor import choices
+from bi_inductor import choices, verifier
+from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.lowerings import reductions
 from bi_inductor.runtime import schedules
 from bi_inductor.testing import same_bits
@@ -93,11 +94,15 @@ def test_any_split_gives_the_same_bits(case, chunk, monkeypatch):
 
 
 def test_a_split_off_the_subtree_borders_is_noticed(monkeypatch):
-    """The guard has teeth: chunks that are no power of two change bits."""
+    """The guards have teeth: chunks that are no power of two are refused, and without the refusal change bits."""
     x = random_rows(5, 5000, device="cuda")
     expected = compiled(lambda x: x.sum(-1))(x)
     monkeypatch.setattr(reductions._Ordered, "_chunk", lambda self, numel, hint: 1000)
     monkeypatch.setattr(reductions._Ordered, "over", _split_once(reductions._Ordered.over))
+    torch._dynamo.reset()
+    with pytest.raises(BatchInvarianceError, match=r"rule 'block' .* a chunk of 1000 elements is"):
+        compiled(lambda x: x.sum(-1))(x)
+    monkeypatch.setattr("bi_inductor.verifier.check", verifier.examine)
     torch._dynamo.reset()
     assert not same_bits(compiled(lambda x: x.sum(-1))(x), expected)
 

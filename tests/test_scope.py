@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from devices import compiled
 from torch._inductor.utils import run_and_get_code
 
-from bi_inductor import scope
+from bi_inductor import _compat, scope
 from bi_inductor.options import Options
 
 
@@ -29,12 +29,15 @@ def stock_code():
 
 
 def installed_objects():
-    from torch._inductor import compile_fx, ir, lowering, output_code, scheduler
+    from torch._inductor import compile_fx, ir, lowering, output_code, scheduler, tiling_utils
 
+    compared = [tiling_utils.get_pw_red_splits] if _compat.compares_sizes_as_written() else []
     return [
+        *compared,
         compile_fx.GraphLowering,
         vars(ir.Reduction)["create"],
         lowering.use_two_step_variance,
+        lowering.get_constant_value,
         output_code.CompiledFxGraph.post_compile,
         scheduler.get_scheduling_for_device,
     ]

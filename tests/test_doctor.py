@@ -83,6 +83,7 @@ def test_the_doctor_on_this_gpu(capsys):
     assert cli.main(["doctor", "--json", "--kinds", "int8,float8_e4m3fn"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["agree"] and {result["kind"] for result in report["results"]} == {"int8", "float8_e4m3fn"}
+    assert not any("unknown" in result["family"] for result in report["results"])
     assert cli.main(["doctor", "--kinds", "float7"]) == 2
 
 

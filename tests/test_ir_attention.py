@@ -12,11 +12,11 @@ import triton.language as tl
 from bi_inductor import BatchInvarianceError, certify, contract, inspect
 from bi_inductor.certificate import Level
 from bi_inductor.ir import prove
-from bi_inductor.ir.layouts import Step, steps_of
 from bi_inductor.ir.lowering import Lowering
 from bi_inductor.runtime import attention
 from bi_inductor.templates import triton_attention
 from bi_inductor.templates.triton_attention import Schedule
+from bi_inductor.ttgir.steps import Step, steps_of
 from bi_inductor.virtual import virtual_gpu
 
 QUERY, KEYS = torch.randn(1, 4, 70, 64).bfloat16(), torch.randn(1, 2, 600, 64).bfloat16()

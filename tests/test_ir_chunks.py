@@ -8,9 +8,9 @@ import torch
 from bi_inductor import certify, doctor, inspect
 from bi_inductor.certificate import Level
 from bi_inductor.ir import prove
-from bi_inductor.ir.layouts import Step, steps_of
 from bi_inductor.ir.lowering import Lowering
 from bi_inductor.templates import quantized_tiles
+from bi_inductor.ttgir.steps import Step, steps_of
 from bi_inductor.virtual import virtual_gpu
 
 ONE = torch.ones(())

@@ -246,7 +246,7 @@ CORRUPTIONS = {
     "unchained": Corruption("matmul", "accumulation", DOT, "acc += tl.dot(a, b, out_dtype=ACC_TYPE)"),
     "two chains": Corruption("matmul", "dot", rf"( +){DOT}", r"\g<0>\n\1acc = tl.dot(b, a, acc)", False),
     "start at one": Corruption("matmul", "dot", r"acc = tl\.zeros\(", "acc = tl.ones(", False),
-    "no + 0.0 at the end": Corruption("matmul", "dot", r"acc = acc \+ 0\.0", "acc = acc", False),
+    "no + 0.0 at the end": Corruption("matmul", "dot", r"acc = tl\.where\(acc == .*", "acc = acc", False),
     "k from the end": Corruption("matmul", "loop", STEPS, "tl.range(tl.cdiv(K, BLOCK_K) - 1, -1, -1)"),
     "pointers backwards": Corruption("matmul", "accumulation", r"a_block \+= ", "a_block -= "),
     "k from one": Corruption(

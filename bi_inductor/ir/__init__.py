@@ -4,9 +4,10 @@
     text        TTIR as blocks of operations
     execution   one program on terms: addresses are numbers, values are what they were computed from
     module      the generated wrapper run on buffers of terms, kernel after kernel, over the whole grid
-    layouts     which k one step of a matrix instruction adds, from TTGIR
     orders      sums and chains of dots in the terms, compared with the canonical forms
     attention   one output element of attention, rebuilt from its scores
+
+Which k one step of a matrix instruction adds is read from TTGIR (``..ttgir``).
 
 What is shown holds for TTIR at the sizes of the example: which values each addition adds, in which chain ``tt.dot``
 stands, and that k ascends. Of TTGIR, that each step of a matrix instruction adds neighbouring k. Below it the order is
@@ -93,7 +94,7 @@ def prove(source: str, certificate: Certificate, target: str) -> Proof:
             found = Orders(run.terms, forms).look(int(k) for output in outputs for k in set(output.tolist()))
             proven = found.proven if proven is None else proven & found.proven
             wrong += [f"{what} (configuration {number})" for what in found.wrong if not run.unknown]
-            wrong += [f"{what} ({name})" for name, steps in run.steps.items() for what in steps.wrong]
+            wrong += [f"{what} ({name})" for name, found in run.wrong.items() for what in found]
             unknown.update(run.unknown)
             for name, configuration in run.used.items():
                 used.setdefault(name, []).append(configuration)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..targets import VirtualDevice
+from ..ttgir import wrong_sums
 from .execution import Pointer, Program, UnsupportedError
-from .layouts import Steps, steps_of
 from .lowering import LoweredKernel, Lowering
 from .terms import INPUT, Terms
 from .text import Block, UnreadableError, parse
@@ -32,7 +32,7 @@ class ModuleRun:
     """One execution of a module with configuration ``number`` of each kernel.
 
     ``left_out``: kernels that are not to be followed, and why. ``unknown``: kernel -> why it was not followed.
-    ``used``: kernel -> the configuration it ran in. ``steps``: kernel -> what the steps of its dots add.
+    ``used``: kernel -> the configuration it ran in. ``wrong``: kernel -> what its TTGIR says of wrong sums.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ModuleRun:
         self.terms = Terms()
         self.unknown: dict[str, str] = {}
         self.used: dict[str, str] = {}
-        self.steps: dict[str, Steps] = {}
+        self.wrong: dict[str, list[str]] = {}
         self.number = 0
 
     def run(self, inputs: list[Any], number: int) -> list[np.ndarray]:
@@ -74,7 +74,7 @@ class ModuleRun:
             self.cache[name] = Lowering(self.kernels[name], name, self.device)
         lowering = self.cache[name]
         lowered = lowering.lowered(self.number)
-        self.steps[name] = steps_of(lowered.ttgir)
+        self.wrong[name] = wrong_sums(lowered.ttgir)
         try:
             if name in self.left_out:
                 raise UnsupportedError(self.left_out[name])

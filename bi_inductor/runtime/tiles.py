@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch._inductor.runtime import triton_heuristics
 from torch._inductor.runtime.hints import HeuristicType
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner, Config
+from torch._inductor.runtime.triton_heuristics import Config
 
 from ..templates.tile_table import candidates, fastest, itemsize_of
+from .checked import CheckedKernel
 
 #: Launch arguments in the place of a grid: the sizes of the output.
 SIZES = ("_rows", "_columns", "_batch")
@@ -103,7 +104,7 @@ def _key(config: Config) -> tuple[Any, ...]:
     return (*(config.kwargs[name] for name in names), config.num_warps, config.num_stages)
 
 
-class TileChoosing(CachingAutotuner):
+class TileChoosing(CheckedKernel):
     """A kernel with the first tile of ``choice``, and one like it for each further tile that a launch has asked for.
 
     The price of choosing is one look-up by sizes, a fraction of a microsecond.
@@ -118,7 +119,7 @@ class TileChoosing(CachingAutotuner):
         self._by_sizes: dict[
             tuple[int, ...], Any
         ] = {}  # sizes -> run of the kernel with the tile chosen for them
-        self._by_tile: dict[int, CachingAutotuner] = {}
+        self._by_tile: dict[int, CheckedKernel] = {}
         self._by_measurement: dict[tuple[int, ...], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,12 +148,12 @@ class TileChoosing(CachingAutotuner):
         self._by_sizes[sizes] = launch
         return launch
 
-    def _kernel(self, number: int) -> CachingAutotuner:
+    def _kernel(self, number: int) -> CheckedKernel:
         """A kernel with tile ``number`` alone, compiled."""
         if number not in self._by_tile:
             if self.fn.fn is None:  # compiled in another process, which kept the source
                 self.fn: Any = self._reload_kernel().fn
-            kernel = CachingAutotuner(
+            kernel = CheckedKernel(
                 self.fn,
                 triton_meta={**self.triton_meta, "device": self.device_props},
                 configs=[self.choice.configs[number]],

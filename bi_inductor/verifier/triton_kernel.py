@@ -56,6 +56,7 @@ IMPORTS = frozenset(
         "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math",
         "from torch._inductor.runtime.hints import AutotuneHint, ReductionHint, TileHint, DeviceProperties",
         "from bi_inductor.runtime import attention",
+        "from bi_inductor.runtime import checked as triton_heuristics",
         "from bi_inductor.runtime import ordered",
         "from bi_inductor.runtime import schedules as triton_heuristics",
         "from bi_inductor.runtime import tiles as triton_heuristics",

@@ -1,0 +1,127 @@
+"""What the accumulators of dots start from, read from TTGIR.
+
+A chain of products starts at zero: whatever else is added to it is added afterwards. Triton may move an addition into
+the accumulator of a dot (``dot(a, b, 0) + c`` becomes ``dot(a, b, c)``), which is another order of additions. So every
+accumulator is followed back, through loops and layouts, and through the products that rescale attention's, to where it
+comes from: a zero, or another dot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+_RESULT = re.compile(r"^(%[\w$.-]+)(?::(\d+))? = (\S+) ?(.*)$")
+_NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
+_CARRIED = re.compile(r"iter_args\((.*?)\)")
+_PAIR = re.compile(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?)")
+_ZERO = re.compile(r"^dense<(?:0\.0+e\+00|0)>")
+_DOTS = ("tt.dot", "ttng.warp_group_dot")
+#: Operations that hand on the value of the operand in the place of the result.
+_SAME = ("ttg.convert_layout", "ttng.warp_group_dot_wait")
+_ONE_OF = "one of"
+
+
+@dataclasses.dataclass
+class _Value:
+    """How a value is made: ``operation`` of ``operands``; for what a loop carries or a branch yields, one of them."""
+
+    operation: str
+    operands: list[_Value]
+    text: str = ""
+
+
+def wrong_starts(ttgir: str) -> list[str]:
+    """For every dot whose accumulator may be something else than zero or the result of a dot: what it may be."""
+    reader = _Reader()
+    for line in ttgir.splitlines():
+        reader.read(line.strip())
+    found = [start for dot in reader.dots for start in _starts(dot.operands[2])]
+    return [f"a dot whose accumulator starts as {start}, not as zero" for start in dict.fromkeys(found)]
+
+
+def _starts(value: _Value) -> Iterator[str]:
+    """The operations that ``value`` may come from, other than zeros and dots."""
+    pending, seen = [value], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if value.operation in (_ONE_OF, *_SAME):
+            pending += value.operands
+        elif value.operation == "arith.select":
+            pending += value.operands[1:]
+        elif value.operation == "arith.mulf":  # rescaled: the sum is the first of the two
+            pending += value.operands[:1]
+        elif value.operation not in _DOTS and not _is_zero(value):
+            yield value.operation
+
+
+def _is_zero(value: _Value) -> bool:
+    return value.operation == "arith.constant" and _ZERO.match(value.text) is not None
+
+
+@dataclasses.dataclass
+class _Region:
+    """A block inside an operation: the names that are known in it alone, and who receives what it yields."""
+
+    names: dict[str, _Value] = dataclasses.field(default_factory=dict)
+    results: list[_Value] = dataclasses.field(default_factory=list)
+    carried: list[_Value] = dataclasses.field(default_factory=list)
+
+
+class _Reader:
+    """Reads a function line by line. A name means what the innermost region that knows it says: others reuse it."""
+
+    def __init__(self) -> None:
+        self.dots: list[_Value] = []
+        self._regions = [_Region()]
+
+    def read(self, line: str) -> None:
+        made = _RESULT.match(line)
+        name, count, operation, rest = made.groups() if made else ("", None, *_parted(line))
+        operands = [self._value(operand) for operand in _NAME.findall(rest.split(" : ")[0])]
+        if line.startswith("}"):
+            closed = self._regions.pop()
+            if line.endswith("{"):  # another branch, for the same results
+                self._regions.append(_Region(results=closed.results))
+        elif operation == "scf.yield":
+            region = self._regions[-1]
+            for receivers in (region.results, region.carried):
+                for receiver, operand in zip(receivers, operands, strict=False):
+                    receiver.operands.append(operand)
+        elif line.endswith("{"):
+            self._open(name, count, operation, rest)
+        elif operation in _SAME:
+            self._name(name, count, [_Value(operation, [operand]) for operand in operands])
+        elif name:
+            value = _Value(operation, operands, rest)
+            self._name(name, count, [value])
+            self.dots += [value] if operation in _DOTS else []
+
+    def _open(self, name: str, count: str | None, operation: str, rest: str) -> None:
+        carried = _CARRIED.search(rest) if operation == "scf.for" else None
+        pairs = _PAIR.findall(carried[1]) if carried else []
+        starts = [[self._value(start)] for _, start in pairs] or [[] for _ in range(int(count or 1))]
+        results = [_Value(_ONE_OF, [*start]) for start in starts] if name else []
+        inside = [_Value(_ONE_OF, [*start]) for start in starts] if pairs else []
+        self._name(name, count, results)
+        names = {inner: value for (inner, _), value in zip(pairs, inside, strict=True)}
+        self._regions.append(_Region(names, results, inside))
+
+    def _name(self, name: str, count: str | None, values: list[_Value]) -> None:
+        names = [name] if count is None else [f"{name}#{k}" for k in range(int(count))]
+        self._regions[-1].names.update(zip(names, values, strict=False) if name else ())
+
+    def _value(self, name: str) -> _Value:
+        for region in reversed(self._regions):
+            if name in region.names:
+                return region.names[name]
+        return _Value("an argument", [])
+
+
+def _parted(line: str) -> tuple[str, str]:
+    operation, _, rest = line.partition(" ")
+    return operation, rest

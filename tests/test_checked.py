@@ -1,0 +1,114 @@
+"""What Triton made of a kernel's products is read when it is compiled, and refused if additions were moved."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bi_inductor import BatchInvarianceError, inspect
+from bi_inductor.offline import compile_offline, load_kernel
+from bi_inductor.runtime import checked
+from bi_inductor.runtime.checked import CheckedKernel, _ttgir
+from bi_inductor.ttgir import wrong_sums
+from bi_inductor.ttgir.accumulators import wrong_starts
+
+CHOICE = "acc = tl.where(acc == 0.0, 0.0, acc)"
+
+
+def linear(k, dtype=torch.float32, dynamic=False):
+    """The kernels of a product with a bias, of inner length ``k``."""
+    x, weight, bias = (torch.randn(size, dtype=dtype) for size in [(55, k), (96, k), (96,)])
+    return inspect(F.linear, x, weight, bias, target="sm_90", dynamic=dynamic).kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_triton_would_start_the_chain_from_is_refused(dtype):
+    """``dot(a, b, 0) + 0.0 + bias``, of which Triton makes ``dot(a, b, bias)`` where K is one step."""
+    ((name, source),) = linear(32, dtype).items()
+    assert compile_offline({name: source}, "sm_90") and source.count(CHOICE) == 1
+    with pytest.raises(BatchInvarianceError, match="accumulator starts as"):
+        compile_offline({name: source.replace(CHOICE, "acc = acc + 0.0")}, "sm_90")
+
+
+def test_a_chain_of_two_steps_hides_it():
+    """What the last test replaces is no fault where K is longer: so it took a short K to find it."""
+    ((name, source),) = linear(64).items()
+    assert compile_offline({name: source.replace(CHOICE, "acc = acc + 0.0")}, "sm_90")
+
+
+def test_every_tile_of_a_dynamic_graph_is_checked():
+    ((name, source),) = linear(32, dynamic=True).items()
+    kernel = load_kernel(source, name)
+    assert isinstance(kernel, CheckedKernel) and len(kernel.choice.configs) > 5
+    assert len(compile_offline({name: source}, "sm_90", every_config=True)) == len(kernel.choice.configs)
+
+
+def test_kernels_of_attention_and_of_other_products_are_checked(monkeypatch):
+    q, int8, ends = torch.randn(1, 4, 1, 64).bfloat16(), torch.ones(32, 64).to(torch.int8), torch.tensor([32])
+    experts = torch.randn(1, 64, 32).bfloat16()
+    graphs = [
+        inspect(F.scaled_dot_product_attention, q, q, q, target="sm_90"),
+        inspect(torch._int_mm, int8, int8.t(), target="sm_90"),
+        inspect(torch._grouped_mm, experts[0].t(), experts, ends.int(), target="sm_90"),
+    ]
+    monkeypatch.setattr(checked, "wrong_sums", lambda ttgir: ["a fault", "another"] * ("tt.func" in ttgir))
+    for graph in graphs:
+        with pytest.raises(BatchInvarianceError, match="its GPU IR has a fault"):
+            compile_offline(graph, "sm_90")
+
+
+def test_a_kernel_for_inductors_launcher_is_read_beside_its_cubin(tmp_path):
+    kernel = types.SimpleNamespace(cubin_path=str(tmp_path / "kernel.cubin"))
+    assert _ttgir(kernel) == ""  # Triton was told to keep binaries only
+    (tmp_path / "kernel.ttgir").write_text("module {}")
+    assert _ttgir(kernel) == "module {}"
+    assert _ttgir(types.SimpleNamespace(asm={"ttgir": "module {}"})) == "module {}"
+
+
+#: A chain in a loop, then one more dot, in the way of a pipelined loop; ``{...}`` is filled in.
+FUNCTION = """
+module {{
+  tt.func public @kernel(%bias: tensor<16x16xf32, #b>, %c: i1) {{
+    %zero = arith.constant dense<{constant}> : tensor<16x16xf32, #mma>
+    %start = {start}
+    %acc:2 = scf.for %k = %c0 to %c9 step %c1 iter_args(%old = %start, %a = %a0) -> (t, i32) : i32 {{
+      %acc = ttg.convert_layout %old : tensor<16x16xf32, #mma> -> tensor<16x16xf32, #blocked>
+      %scaled = arith.mulf %acc, %scale : tensor<16x16xf32, #blocked>
+      %new = tt.dot %x, %y, %scaled : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32, #mma>
+      %next = scf.if %c -> (tensor<16x16xf32, #mma>) {{
+        scf.yield %new : tensor<16x16xf32, #mma>
+      }} else {{
+        scf.yield {other} : tensor<16x16xf32, #mma>
+      }}
+      scf.yield %next, %a : tensor<16x16xf32, #mma>, i32
+    }}
+    %last = ttng.warp_group_dot %x, %y, %acc#0 {{isAsync = true}} : !ttg.memdesc<16x16xbf16> -> tensor<16x16xf32, #mma>
+    tt.return
+  }}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({}, []),
+        ({"constant": "0"}, []),
+        ({"constant": "1.000000e+00"}, ["arith.constant"]),
+        ({"start": "arith.addf %zero, %bias : tensor<16x16xf32, #mma>"}, ["arith.addf"]),
+        ({"start": "arith.select %c, %zero, %zero : tensor<16x16xf32, #mma>"}, []),
+        ({"start": "arith.select %c, %zero, %bias : tensor<16x16xf32, #mma>"}, ["an argument"]),
+        ({"start": "tt.load %p : tensor<16x16x!tt.ptr<f32>, #mma>"}, ["tt.load"]),
+        ({"other": "%bias"}, ["an argument"]),
+    ],
+)
+def test_an_accumulator_is_followed_to_what_it_starts_from(changed, wrong):
+    parts = {
+        "constant": "0.000000e+00",
+        "start": "ttg.convert_layout %zero : tensor<16x16xf32>",
+        "other": "%zero",
+    }
+    found = wrong_starts(FUNCTION.format(**{**parts, **changed}))
+    assert found == [f"a dot whose accumulator starts as {start}, not as zero" for start in wrong]
+    assert wrong_sums(FUNCTION.format(**{**parts, **changed})) == found

@@ -519,6 +519,11 @@ SPREAD = {
         (R(2, 3, 13, 11),),
         {"dynamic": True},
     ),
+    "groups of channels": (
+        torch.nn.Sequential(torch.nn.Conv1d(3, 16, 3), torch.nn.GroupNorm(4, 16)),
+        (R(4, 3, 40),),
+        {"dynamic": True},
+    ),
     "half sums": (lambda x: (x.sum(-1), x.mean(0), x.softmax(-1)), (R(40, 3000).half(),), {}),
     "counts cut in chunks": (lambda x: (x > 0).sum(-1), (R(3, 40000),), {}),
     "cut in chunks": (lambda x: (x.var(-1), x.logsumexp(-1)), (R(4, 40000),), {}),

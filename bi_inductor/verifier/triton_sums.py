@@ -175,10 +175,13 @@ class OrderedSums:
                 self.kernel.note("order", load)
 
     def _check_place_of_chunk(self, length: Values, arguments: Names) -> None:
-        """Chunk c begins where chunk c - 1 ends, wherever an address is r0 + length * c, forwards or backwards."""
+        """Chunk c begins where chunk c - 1 ends, wherever an address is r0 + length * c, forwards or backwards.
+
+        An address that stands still, of the one bias of a channel's elements, is in no order.
+        """
         for load, step, kept in self._addresses(arguments):
             reach = tuple(a * b for a, b in zip(step, length, strict=True))
-            if tuple(-n for n in reach) in kept.values():
+            if any(reach) and tuple(-n for n in reach) in kept.values():
                 self.kernel.note("order", load)
 
     def _addresses(self, arguments: Names) -> Iterator[tuple[ast.AST, Values, dict[str, Values | None]]]:

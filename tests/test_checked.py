@@ -74,7 +74,7 @@ module {{
     %start = {start}
     %acc:2 = scf.for %k = %c0 to %c9 step %c1 iter_args(%old = %start, %a = %a0) -> (t, i32) : i32 {{
       %acc = ttg.convert_layout %old : tensor<16x16xf32, #mma> -> tensor<16x16xf32, #blocked>
-      %scaled = arith.mulf %acc, %scale : tensor<16x16xf32, #blocked>
+      %scaled = arith.mulf {product} : tensor<16x16xf32, #blocked>
       %new = tt.dot %x, %y, %scaled : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32, #mma>
       %next = scf.if %c -> (tensor<16x16xf32, #mma>) {{
         scf.yield %new : tensor<16x16xf32, #mma>
@@ -101,6 +101,14 @@ module {{
         ({"start": "arith.select %c, %zero, %bias : tensor<16x16xf32, #mma>"}, ["an argument"]),
         ({"start": "tt.load %p : tensor<16x16x!tt.ptr<f32>, #mma>"}, ["tt.load"]),
         ({"other": "%bias"}, ["an argument"]),
+        ({"start": "tt.broadcast %zero : tensor<16x1xf32, #mma> -> tensor<16x16xf32, #mma>"}, []),
+        (
+            {"start": "tt.broadcast %bias : tensor<16x1xf32, #mma> -> tensor<16x16xf32, #mma>"},
+            ["an argument"],
+        ),
+        ({"product": "%scale, %acc"}, []),
+        ({"product": "%scale, %bias"}, ["an argument"]),
+        ({"product": "%bias, %bias"}, ["an argument"]),
     ],
 )
 def test_an_accumulator_is_followed_to_what_it_starts_from(changed, wrong):
@@ -108,6 +116,7 @@ def test_an_accumulator_is_followed_to_what_it_starts_from(changed, wrong):
         "constant": "0.000000e+00",
         "start": "ttg.convert_layout %zero : tensor<16x16xf32>",
         "other": "%zero",
+        "product": "%acc, %scale",
     }
     found = wrong_starts(FUNCTION.format(**{**parts, **changed}))
     assert found == [f"a dot whose accumulator starts as {start}, not as zero" for start in wrong]

@@ -19,7 +19,9 @@ _PAIR = re.compile(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?)")
 _ZERO = re.compile(r"^dense<(?:0\.0+e\+00|0)>")
 _DOTS = ("tt.dot", "ttng.warp_group_dot")
 #: Operations that hand on the value of the operand in the place of the result.
-_SAME = ("ttg.convert_layout", "ttng.warp_group_dot_wait")
+_SAME = frozenset(
+    """ttg.convert_layout ttng.warp_group_dot_wait tt.broadcast tt.splat tt.expand_dims tt.reshape tt.trans""".split()
+)
 _ONE_OF = "one of"
 
 
@@ -41,9 +43,13 @@ def wrong_starts(ttgir: str) -> list[str]:
     return [f"a dot whose accumulator starts as {start}, not as zero" for start in dict.fromkeys(found)]
 
 
-def _starts(value: _Value) -> Iterator[str]:
-    """The operations that ``value`` may come from, other than zeros and dots."""
-    pending, seen = [value], set()
+def _starts(value: _Value, rescaled: frozenset[int] = frozenset()) -> Iterator[str]:
+    """The operations that ``value`` may come from, other than zeros and dots.
+
+    Of a product one side is the sum that is rescaled: either, since a constant zero moves to the right. ``rescaled``:
+    products that are being looked at.
+    """
+    pending, seen = [value], set(rescaled)
     while pending:
         value = pending.pop()
         if id(value) in seen:
@@ -53,8 +59,10 @@ def _starts(value: _Value) -> Iterator[str]:
             pending += value.operands
         elif value.operation == "arith.select":
             pending += value.operands[1:]
-        elif value.operation == "arith.mulf":  # rescaled: the sum is the first of the two
-            pending += value.operands[:1]
+        elif value.operation == "arith.mulf":
+            inside = rescaled | {id(value)}
+            left, right = ([*_starts(operand, inside)] for operand in value.operands)
+            yield from left if right else ()
         elif value.operation not in _DOTS and not _is_zero(value):
             yield value.operation
 

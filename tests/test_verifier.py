@@ -118,6 +118,7 @@ def _in_sum(rule, new):
 LOOP = r"tl\.range\(0, r0_numel, R0_BLOCK\)"
 STEPS = r"tl\.range\(0, tl\.cdiv\(K, BLOCK_K\)\)"
 DOT = r"acc = tl\.dot\(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=ACC_TYPE\)"
+END = r"acc = tl\.where\(acc == 0\.0, 0\.0, acc\)"
 CAST = r"static_cast<int64_t>"
 CPP_LOOP = rf"for\(int64_t x1={CAST}\(0L\); x1<{CAST}\((\w+)\); x1\+={CAST}\(\d+L\)\)"
 CORRUPTIONS = {
@@ -246,7 +247,20 @@ CORRUPTIONS = {
     "unchained": Corruption("matmul", "accumulation", DOT, "acc += tl.dot(a, b, out_dtype=ACC_TYPE)"),
     "two chains": Corruption("matmul", "dot", rf"( +){DOT}", r"\g<0>\n\1acc = tl.dot(b, a, acc)", False),
     "start at one": Corruption("matmul", "dot", r"acc = tl\.zeros\(", "acc = tl.ones(", False),
-    "no + 0.0 at the end": Corruption("matmul", "dot", r"acc = tl\.where\(acc == .*", "acc = acc", False),
+    "no + 0.0 at the end": Corruption("matmul", "dot", END, "acc = acc", False),
+    "+ 0.0 as an addition": Corruption("matmul", "dot", END, "acc = acc + 0.0", False),
+    "a choice of something else": Corruption(
+        "matmul", "dot", END, "acc = tl.where(acc == 0.0, 1.0, acc)", False
+    ),
+    "+ 0.0 as an addition in a tile": _in_tiles("dot", END, "acc = acc + 0.0", False),
+    "+ 0.0 as an addition to extra columns": _in_tiles(
+        "dot", rf"(acc = extra_acc\n +){END}", r"\1acc = acc + 0.0", False
+    ),
+    "+ 0.0 as an addition to fp8": Corruption("fp8 matmul", "dot", END, "acc = acc + 0.0", False),
+    "+ 0.0 as an addition to a chain of fp8": Corruption(
+        "fast fp8 matmul", "dot", END, "acc = acc + 0.0", False
+    ),
+    "+ 0.0 as an addition to a group": Corruption("grouped rows", "dot", END, "acc = acc + 0.0", False),
     "k from the end": Corruption("matmul", "loop", STEPS, "tl.range(tl.cdiv(K, BLOCK_K) - 1, -1, -1)"),
     "pointers backwards": Corruption("matmul", "accumulation", r"a_block \+= ", "a_block -= "),
     "k from one": Corruption(

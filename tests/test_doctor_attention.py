@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from bi_inductor import attention_op, contract, doctor_attention, verifier
+from bi_inductor import attention_op, contract, doctor, doctor_attention, inspect, verifier
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.templates import triton_attention
 from bi_inductor.templates.triton_attention import Schedule, schedule_for
@@ -88,6 +88,18 @@ def test_operands_show_which_keys_a_step_adds():
 def _holding_four(half):
     """The keys of the first (0) or second (2) of two steps."""
     return [4 * thread + half + i for thread in range(8) for i in range(2)]
+
+
+def test_families_are_read_from_ptx():
+    """Every schedule compiles, with every mask, and its instructions are found."""
+    cases = doctor_attention._masked(*doctor_attention.operands(KIND, 89, "cpu"))
+    inputs = [[(query.clone(), *rest) for _ in KIND.schedules for query, *rest in cases]]
+    in_turn = [schedule for schedule in KIND.schedules for _ in cases]
+    with doctor.prepared("triton_attention", "schedule_for", in_turn, tf32=False):
+        source = inspect(doctor_attention._graph, inputs, target="sm_90").source
+    found = doctor.instructions(source, len(in_turn), "sm_90", pattern=doctor_attention._KERNEL)
+    expected = ["wgmma k16" if schedule.block_m == 64 else "mma.sync k16" for schedule in KIND.schedules]
+    assert found == [family for family in expected for _ in cases]
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """What Triton made of a kernel's products is read when it is compiled, and refused if additions were moved."""
 
+import re
 import types
 
 import pytest
@@ -101,6 +102,7 @@ module {{
         ({"start": "arith.select %c, %zero, %bias : tensor<16x16xf32, #mma>"}, ["an argument"]),
         ({"start": "tt.load %p : tensor<16x16x!tt.ptr<f32>, #mma>"}, ["tt.load"]),
         ({"other": "%bias"}, ["an argument"]),
+        ({"start": '"tt.reduce"(%bias) <{axis = 0 : i32}> ({\n}) : (t) -> t'}, ['"tt.reduce"(%bias)']),
         ({"start": "tt.broadcast %zero : tensor<16x1xf32, #mma> -> tensor<16x16xf32, #mma>"}, []),
         (
             {"start": "tt.broadcast %bias : tensor<16x1xf32, #mma> -> tensor<16x16xf32, #mma>"},
@@ -121,3 +123,32 @@ def test_an_accumulator_is_followed_to_what_it_starts_from(changed, wrong):
     found = wrong_starts(FUNCTION.format(**{**parts, **changed}))
     assert found == [f"a dot whose accumulator starts as {start}, not as zero" for start in wrong]
     assert wrong_sums(FUNCTION.format(**{**parts, **changed})) == found
+
+
+#: What is put in the place of a product's zeros, and what that is in TTGIR.
+STARTS = {
+    "ones": (r"tl.full((\1), 1.0, ACC_TYPE)", "arith.constant"),
+    "a sum": (r"tl.load(A).to(ACC_TYPE) + tl.zeros((\1), ACC_TYPE)", "arith.addf"),
+}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("k", [64, 512])
+def test_registers_pipelines_and_tensor_memory_are_followed(k, target):
+    x, weight = torch.randn(136, k).bfloat16(), torch.randn(k, 192).bfloat16()
+    ((name, source),) = inspect(torch.matmul, x, weight, target=target).kernels.items()
+    compile_offline({name: source}, target)
+    for start, operation in STARTS.values():
+        changed, count = re.subn(r"tl\.zeros\(\((.*?)\), ACC_TYPE\)", start, source)
+        assert count
+        with pytest.raises(BatchInvarianceError, match=f"accumulator starts as {re.escape(operation)}"):
+            compile_offline({name: changed}, target)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+def test_a_bias_is_found_on_other_targets(target):
+    x, weight, bias = (torch.randn(size).bfloat16() for size in [(700, 64), (480, 64), (480,)])
+    ((name, source),) = inspect(F.linear, x, weight, bias, target=target).kernels.items()
+    compile_offline({name: source}, target)
+    with pytest.raises(BatchInvarianceError, match="accumulator starts as"):
+        compile_offline({name: source.replace(CHOICE, "acc = acc + 0.0")}, target)

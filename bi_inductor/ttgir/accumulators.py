@@ -3,7 +3,7 @@
 A chain of products starts at zero: whatever else is added to it is added afterwards. Triton may move an addition into
 the accumulator of a dot (``dot(a, b, 0) + c`` becomes ``dot(a, b, c)``), which is another order of additions. So every
 accumulator is followed back, through loops and layouts, and through the products that rescale attention's, to where it
-comes from: a zero, or another dot.
+comes from: a zero, or another dot. On Blackwell it is in tensor memory, and what is stored there is followed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ _DOTS = ("tt.dot", "ttng.warp_group_dot")
 _SAME = frozenset(
     """ttg.convert_layout ttng.warp_group_dot_wait tt.broadcast tt.splat tt.expand_dims tt.reshape tt.trans""".split()
 )
+#: Operations on tensor memory that give a part of the memory of their first operand.
+_SAME_MEMORY = frozenset(
+    "ttg.memdesc_index ttg.memdesc_subslice ttg.memdesc_reinterpret ttng.tmem_subslice".split()
+)
 _ONE_OF = "one of"
 
 
@@ -39,7 +43,10 @@ def wrong_starts(ttgir: str) -> list[str]:
     reader = _Reader()
     for line in ttgir.splitlines():
         reader.read(line.strip())
-    found = [start for dot in reader.dots for start in _starts(dot.operands[2])]
+    memory = {id(place) for accumulator in reader.memory for place in _places(accumulator)}
+    stored = [value for value, at in reader.stores if any(id(place) in memory for place in _places(at))]
+    accumulators = [*(dot.operands[2] for dot in reader.dots), *stored]
+    found = [start for accumulator in accumulators for start in _starts(accumulator)]
     return [f"a dot whose accumulator starts as {start}, not as zero" for start in dict.fromkeys(found)]
 
 
@@ -63,8 +70,24 @@ def _starts(value: _Value, rescaled: frozenset[int] = frozenset()) -> Iterator[s
             inside = rescaled | {id(value)}
             left, right = ([*_starts(operand, inside)] for operand in value.operands)
             yield from left if right else ()
-        elif value.operation not in _DOTS and not _is_zero(value):
+        elif value.operation not in (*_DOTS, "ttng.tmem_load") and not _is_zero(value):
             yield value.operation
+
+
+def _places(memory: _Value) -> Iterator[_Value]:
+    """The allocations that ``memory`` may be a part of."""
+    pending, seen = [memory], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if value.operation == _ONE_OF:
+            pending += value.operands
+        elif value.operation in _SAME_MEMORY:
+            pending += value.operands[:1]
+        else:
+            yield value
 
 
 def _is_zero(value: _Value) -> bool:
@@ -85,6 +108,9 @@ class _Reader:
 
     def __init__(self) -> None:
         self.dots: list[_Value] = []
+        #: Accumulators in tensor memory; (what is stored, where).
+        self.memory: list[_Value] = []
+        self.stores: list[tuple[_Value, _Value]] = []
         self._regions = [_Region()]
 
     def read(self, line: str) -> None:
@@ -104,16 +130,28 @@ class _Reader:
             self._open(name, count, operation, rest)
         elif operation in _SAME:
             self._name(name, count, [_Value(operation, [operand]) for operand in operands])
-        elif name:
+        else:
             value = _Value(operation, operands, rest)
             self._name(name, count, [value])
-            self.dots += [value] if operation in _DOTS else []
+            self._note(value, operands)
+
+    def _note(self, value: _Value, operands: list[_Value]) -> None:
+        """Remember a dot, or a store to tensor memory."""
+        if value.operation in _DOTS:
+            self.dots.append(value)
+        elif value.operation == "ttng.tc_gen5_mma":
+            self.memory.append(operands[2])
+        elif value.operation == "ttng.tmem_store":
+            self.stores.append((operands[0], operands[1]))
+        elif value.operation == "ttng.tmem_alloc" and operands:
+            self.stores.append((operands[0], value))
 
     def _open(self, name: str, count: str | None, operation: str, rest: str) -> None:
         carried = _CARRIED.search(rest) if operation == "scf.for" else None
         pairs = _PAIR.findall(carried[1]) if carried else []
         starts = [[self._value(start)] for _, start in pairs] or [[] for _ in range(int(count or 1))]
-        results = [_Value(_ONE_OF, [*start]) for start in starts] if name else []
+        made = _ONE_OF if operation in ("scf.for", "scf.if") else operation
+        results = [_Value(made, [*start]) for start in starts] if name else []
         inside = [_Value(_ONE_OF, [*start]) for start in starts] if pairs else []
         self._name(name, count, results)
         names = {inner: value for (inner, _), value in zip(pairs, inside, strict=True)}

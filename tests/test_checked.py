@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bi_inductor import BatchInvarianceError, inspect
+from bi_inductor import BatchInvarianceError, doctor, inspect
 from bi_inductor.offline import compile_offline, load_kernel
 from bi_inductor.runtime import checked
 from bi_inductor.runtime.checked import CheckedKernel, _ttgir
+from bi_inductor.templates import quantized_tiles
 from bi_inductor.ttgir import wrong_sums
 from bi_inductor.ttgir.accumulators import wrong_starts
 
@@ -152,3 +153,16 @@ def test_a_bias_is_found_on_other_targets(target):
     compile_offline({name: source}, target)
     with pytest.raises(BatchInvarianceError, match="accumulator starts as"):
         compile_offline({name: source.replace(CHOICE, "acc = acc + 0.0")}, target)
+
+
+def test_sums_of_integers_may_start_anywhere():
+    """Triton starts them from what is added next, which is exact."""
+    rows, columns, added = (
+        torch.ones(40, 64).to(torch.int8),
+        torch.ones(64, 48).to(torch.int8),
+        torch.ones(40, 48),
+    )
+    (tile,) = [t for t in quantized_tiles.candidates("int8", 90) if (t.block_m, t.block_n) == (64, 16)]
+    with doctor.chosen_in_turn("triton_quantized", "tile_for", [tile]):
+        graph = inspect(lambda a, b, y: torch._int_mm(a, b) + y, rows, columns, added.int(), target="sm_90")
+    assert compile_offline(graph, "sm_90")

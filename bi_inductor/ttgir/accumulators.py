@@ -18,6 +18,8 @@ _CARRIED = re.compile(r"iter_args\((.*?)\)")
 _PAIR = re.compile(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?)")
 _ZERO = re.compile(r"^dense<(?:0\.0+e\+00|0)>")
 _DOTS = ("tt.dot", "ttng.warp_group_dot")
+#: The result of a dot of integers, whose sums are exact in every order.
+_INTEGERS = re.compile(r"-> tensor<(?:\d+x)+i\d+[,>]")
 #: Operations that hand on the value of the operand in the place of the result.
 _SAME = frozenset(
     """ttg.convert_layout ttng.warp_group_dot_wait tt.broadcast tt.splat tt.expand_dims tt.reshape tt.trans""".split()
@@ -138,7 +140,7 @@ class _Reader:
     def _note(self, value: _Value, operands: list[_Value]) -> None:
         """Remember a dot, or a store to tensor memory."""
         if value.operation in _DOTS:
-            self.dots.append(value)
+            self.dots += [] if _INTEGERS.search(value.text) else [value]
         elif value.operation == "ttng.tc_gen5_mma":
             self.memory.append(operands[2])
         elif value.operation == "ttng.tmem_store":

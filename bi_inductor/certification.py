@@ -163,8 +163,9 @@ def certify(
     the function is compiled once more with its size as a symbol, and ``batch.outputs`` says of each output whether any
     row can see another, and through which op: ``row_mixing`` follows the rows through the graph that is lowered.
     ``ir``: also rebuild the orders from the compiler's IR (GPU targets; needs numpy; seconds to minutes).
-    ``measured``: ``Measurement.from_json`` of what ``doctor --json`` wrote; products whose tiles it has in one class of
-    bits are "measured on this GPU", if GPU and versions are those of the target. Other arguments as for ``inspect``.
+    ``measured``: ``Measurement.from_json`` of what ``doctor --json`` wrote; products and attention whose tiles and
+    schedules it has in one class of bits are "measured on this GPU", if GPU and versions are those of the target. Other
+    arguments as for ``inspect``.
     Raises what ``inspect`` raises.
 
     >>> trained, served = certify(model, x, backward=True), certify(model, x)

@@ -1,7 +1,8 @@
 """Do all schedules of attention give the same bits, on the GPU at hand, whatever mask says that keys are visible?
 
 One graph holds the op once for every schedule that may be chosen, and for each of them without a mask, with one of
-bools and with one of floats behind which there are further keys. Results and logsumexps are compared bit for bit.
+bools, with one of floats, and causal, these three with further keys that are hidden. Results and logsumexps of the row
+that sees the same keys in all of them are compared bit for bit.
 
 A 16-bit result hides in which of two ways the fp32 sum behind it was rounded, but for one element in 2**16: enough that
 two orders of adding pass for one. So the values of a row's last two keys are such that its sum ends near 0; what is
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from bi_inductor import attention_op, contract, doctor
 from bi_inductor.doctor import Result
+from bi_inductor.measurement_attention import AttentionRun
 from bi_inductor.templates import triton_attention
 from bi_inductor.templates.triton_attention import Schedule
 
 #: Attention rows, each with keys and values of its own.
 BATCH, HEADS = 8, 16
-#: Keys that stand behind a mask.
+#: Keys that stand behind a mask, or after the last query.
 _HIDDEN = 37
 #: Score of the last two keys in log2 units, before the shift: among the higher of the others.
 _LAST_SCORE = 2.3
@@ -48,11 +50,19 @@ class Kind:
     tf32: bool = False
 
     @property
-    def schedules(self) -> tuple[Schedule, ...]:
-        """All that may be chosen."""
+    def form(self) -> contract.Attention:
         form = contract.attention_form(self.width, self.width, self.dtype, tf32=self.tf32)
         assert form is not None
-        return triton_attention.schedules(form, self.width, self.dtype.itemsize)
+        return form
+
+    @property
+    def scale(self) -> float:
+        return self.width**-0.5
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """All that may be chosen."""
+        return triton_attention.schedules(self.form, self.width, self.dtype.itemsize)
 
 
 KINDS = (
@@ -64,50 +74,97 @@ KINDS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionResult(Result):
+    """``tiles``: how many kernels were compared; ``runs``: which, one for each schedule and mask."""
+
+    runs: tuple[AttentionRun, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Operands of the op. Its last query sees the keys of the case without a mask."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+
+    @property
+    def mask_name(self) -> str:
+        return "none" if self.mask is None else str(self.mask.dtype).removeprefix("torch.")
+
+
 def examine(
     kind: Kind,
     schedules: Sequence[Schedule] | None = None,
     *,
     device: str = "cuda",
     execute: Callable[..., list[list[Any]]] | None = None,
-) -> list[Result]:
+) -> list[AttentionResult]:
     """Run ``kind`` with every schedule (by default all that may be chosen) and every mask, and count classes of bits.
 
-    ``execute(graph, *inputs)``: how a graph is run, by default compiled for the GPU. Returns one Result.
+    ``execute(graph, *inputs)``: how a graph is run, by default compiled for the GPU. Returns one result.
     """
     schedules = kind.schedules if schedules is None else schedules
     cases = [_masked(*operands(kind, depth, device)) for depth in kind.depths]
-    count = len(schedules) * len(cases[0])
+    runs = tuple(_run(kind, schedule, case) for schedule in schedules for case in cases[0])
     # Copies, so that no two ops of the graph are the same expression.
-    inputs = [[(q.clone(), *rest) for _ in schedules for q, *rest in row] for row in cases]
+    inputs = [[_copied(case) for _ in schedules for case in row] for row in cases]
     in_turn = [schedule for _ in kind.depths for schedule in schedules for _ in cases[0]]
     with doctor.prepared("triton_attention", "schedule_for", in_turn, tf32=kind.tf32) as sources:
         results = (execute or doctor.on_the_gpu)(_graph, inputs)
     classes = tuple(len({_digest(result) for result in row}) for row in results)
     families = [
-        family for source in sources for family in doctor.instructions(source, count, pattern=_KERNEL)
+        family for source in sources for family in doctor.instructions(source, len(runs), pattern=_KERNEL)
     ]
-    return [Result(kind.name, " + ".join(dict.fromkeys(families)) or "unknown", count, kind.depths, classes)]
+    family = " + ".join(dict.fromkeys(families)) or "unknown"
+    return [AttentionResult(kind.name, family, len(runs), kind.depths, classes, runs=runs)]
+
+
+def _run(kind: Kind, schedule: Schedule, case: Case) -> AttentionRun:
+    return AttentionRun(
+        form=str(kind.form),
+        dtype=str(kind.dtype).removeprefix("torch."),
+        head_dim=kind.width,
+        scale=kind.scale,
+        **dataclasses.asdict(schedule),
+        mask=case.mask_name,
+        causal=case.is_causal,
+    )
+
+
+def _copied(case: Case) -> tuple[Any, ...]:
+    return case.query.clone(), case.key, case.value, case.mask, case.is_causal
 
 
 def _graph(inputs: list[list[tuple[Any, ...]]]) -> list[list[tuple[Tensor, Tensor]]]:
     return [
-        [attention_op.attention(q, k, v, mask, False, q.shape[-1] ** -0.5) for q, k, v, mask in row]
+        [attention_op.attention(q, k, v, mask, causal, q.shape[-1] ** -0.5) for q, k, v, mask, causal in row]
         for row in inputs
     ]
 
 
 def _digest(result: tuple[Tensor, Tensor]) -> str:
-    return "".join(map(doctor.digest, result))
+    output, logsumexp = result
+    return doctor.digest(output[:, :, -1]) + doctor.digest(logsumexp[:, :, -1])
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """The same attention without a mask, and with each kind of mask before further keys."""
+def _masked(query: Tensor, key: Tensor, value: Tensor) -> list[Case]:
+    """The same attention without a mask, with each kind of mask before further keys, and as the last causal row."""
     size = (*query.shape[:-1], key.shape[2] + _HIDDEN)
     visible = (torch.arange(size[-1], device=query.device) < key.shape[2]).expand(size)
     longer = [torch.cat([x, x[:, :, :_HIDDEN] + 1], 2) for x in (key, value)]
     added = torch.zeros(size, dtype=query.dtype, device=query.device).masked_fill(~visible, -math.inf)
-    return [(query, key, value, None), (query, *longer, visible), (query, *longer, added)]  # type: ignore[list-item]
+    longer_key, longer_value = longer
+    last = query.expand(-1, -1, key.shape[2], -1)
+    return [
+        Case(query, key, value, None, False),
+        Case(query, longer_key, longer_value, visible, False),
+        Case(query, longer_key, longer_value, added, False),
+        Case(last, longer_key, longer_value, None, True),
+    ]
 
 
 def operands(kind: Kind, keys: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

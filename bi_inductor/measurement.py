@@ -1,8 +1,9 @@
-"""What ``doctor --json`` measured on a GPU, and the kernels of a certificate whose tiles are among that.
+"""What ``doctor --json`` measured on a GPU, and the kernels of a certificate whose tiles or schedules are among that.
 
 A product of a generated kernel counts as measured if every tile that the kernel may run with was run by the doctor
 for its kind of operands, all tiles of that kind gave one class of bits for every K, and GPU and versions are those of
-the certificate. The doctor's K are its own: what it shows is that tiles do not differ, not how long a sum is.
+the certificate. The doctor's K are its own: what it shows is that tiles do not differ, not how long a sum is. Attention
+counts as measured if its schedule was run, for its form, dtype, head dim, scale and kind of mask.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import ast
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .certificate import Certificate, Entry, Environment, Level
 from .inspection import kernel_definitions
+from .measurement_attention import AttentionRun, measured_runs, run_of
+
+#: Of the JSON object that ``doctor --json`` prints; it changes when a field changes its meaning.
+DOCTOR_SCHEMA = 1
 
 _TILE = ("BLOCK_M", "BLOCK_N", "EXTRA_N", "BLOCK_K", "GROUP_M", "SWAP", "TMA", "num_warps", "num_stages")
 #: Of a kernel that has no such constant.
@@ -41,37 +47,43 @@ class MeasuredOn:
 
     gpu: str
     driver: str
+    batchinv: str
     torch: str
     triton: str
     unused: str = ""
 
     def __str__(self) -> str:
-        where = f"{self.gpu}, driver {self.driver}, torch {self.torch}, triton {self.triton}"
+        versions = f"batchinv {self.batchinv}, torch {self.torch}, triton {self.triton}"
+        where = f"{self.gpu}, driver {self.driver}, {versions}"
         return f"measured on {where}" + (f": NOT USED, since {self.unused}" if self.unused else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """A doctor's result. ``tiles``: kind -> those that were run, as ``Tile.key``; ``split``: kinds with several classes
-    of bits."""
+    of bits; ``attention``: its kernels that were run, where all had the same bits."""
 
     on: MeasuredOn
     tiles: dict[str, frozenset[Tile]]
     split: frozenset[str]
+    attention: frozenset[AttentionRun] = frozenset()
 
     @classmethod
     def from_json(cls, text: str) -> Measurement:
         """What ``doctor --json`` printed. Raises ValueError for any other text."""
         try:
             fields = json.loads(text)
-            results = fields["results"]
+            if fields["schema"] != DOCTOR_SCHEMA:
+                raise ValueError(f"schema {fields['schema']} is another version's; run doctor again")
+            results = [result for result in fields["results"] if "runs" not in result]
+            attention = measured_runs(result for result in fields["results"] if "runs" in result)
             tiles: dict[str, frozenset[Tile]] = {}
             for result in results:
                 known = tiles.get(result["kind"], frozenset())
                 tiles[result["kind"]] = known | {tuple(map(int, tile)) for tile in result["shapes"]}
             split = frozenset(result["kind"] for result in results if set(result["classes"]) != {1})
-            on = MeasuredOn(*(fields[name] for name in ("gpu", "driver", "torch", "triton")))
-            return cls(on, tiles, split)
+            on = MeasuredOn(*(fields[name] for name in ("gpu", "driver", "batchinv", "torch", "triton")))
+            return cls(on, tiles, split, attention)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no result of doctor --json: {error!r}") from error
 
@@ -85,7 +97,8 @@ class Measurement:
         The driver is compared where there is one: code is generated on machines without a GPU, too.
         """
         versions = dict(environment.versions)
-        here = {"gpu": environment.device, "torch": versions.get("torch"), "triton": versions.get("triton")}
+        here = {"gpu": environment.device}
+        here |= {name: versions.get(name, "none") for name in ("batchinv", "torch", "triton")}
         if driver_version():
             here["driver"] = driver_version()
         return ", ".join(
@@ -94,8 +107,13 @@ class Measurement:
             if getattr(self.on, name) != value
         )
 
-    def covers(self, entry: Entry, kernel: str) -> bool:
-        """True if the tiles of the product ``entry``, in a kernel of this source, were measured and did not differ."""
+    def covers(self, entry: Entry, kernels: Sequence[str]) -> bool:
+        """True if what ``entry`` may run with, in kernels of these sources, was measured and did not differ."""
+        if entry.form.startswith("Attention("):
+            return run_of(kernels, entry.form) in self.attention
+        return any(self._covers_product(entry, kernel) for kernel in kernels)
+
+    def _covers_product(self, entry: Entry, kernel: str) -> bool:
         kinds = [kind for kind in _kinds_of(entry, kernel) if kind in self.tiles]
         if not kinds or self.split.intersection(kinds):
             return False
@@ -118,14 +136,14 @@ def with_measurement(made: Certificate, source: str, measurement: Measurement) -
         return made
     texts = kernel_definitions(source)
     checked = {Level.SOURCE.value, Level.IR.value}
-    entries = {entry.name: entry for entry in made.entries}
+
+    def sources(entry: Entry) -> list[str]:
+        return [texts[k.name] for k in made.kernels if entry.name in k.ops and k.name in texts]
+
     measured = {
-        name
-        for kernel in made.kernels
-        for name in kernel.ops
-        if kernel.name in texts
-        and entries[name].level in checked
-        and measurement.covers(entries[name], texts[kernel.name])
+        entry.name
+        for entry in made.entries
+        if entry.level in checked and measurement.covers(entry, sources(entry))
     }
 
     def raised(claim: Any, names: set[str]) -> Any:

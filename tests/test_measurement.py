@@ -1,5 +1,7 @@
 """What a doctor measured raises the level of the kernels it was measured for, on that GPU and those versions alone."""
 
+import dataclasses
+import functools
 import json
 
 import jsonschema
@@ -8,10 +10,11 @@ import torch
 import triton
 from test_certificate import SCHEMA
 
-from bi_inductor import certify, doctor, inspect, measurement
+from bi_inductor import __version__, certify, doctor, doctor_attention, inspect, measurement
 from bi_inductor.certificate import Level
 from bi_inductor.cli import main
-from bi_inductor.measurement import Measurement, driver_version, tiles_of
+from bi_inductor.measurement import DOCTOR_SCHEMA, Measurement, driver_version, tiles_of, with_measurement
+from bi_inductor.measurement_attention import run_of
 from bi_inductor.templates import quantized_tiles, tile_table
 
 A, B = torch.randn(37, 256).bfloat16(), torch.randn(256, 64).bfloat16()
@@ -30,8 +33,9 @@ def written(**changes):
         }
         for kind in doctor.KINDS
     ]
-    fields = {"gpu": "NVIDIA H100 80GB HBM3", "driver": "570.86.15", "torch": str(torch.__version__),
-              "triton": triton.__version__, "agree": True, "results": results}  # fmt: skip
+    fields = {"schema": DOCTOR_SCHEMA, "gpu": "NVIDIA H100 80GB HBM3", "driver": "570.86.15",
+              "batchinv": __version__, "torch": str(torch.__version__), "triton": triton.__version__,
+              "agree": True, "results": results}  # fmt: skip
     return json.dumps({**fields, **changes})
 
 
@@ -69,12 +73,14 @@ def test_a_measured_product_is_raised_and_nothing_else():
         (written(gpu="NVIDIA A100-SXM4-80GB"), "gpu NVIDIA A100-SXM4-80GB against NVIDIA H100"),
         (written(torch="2.10.0"), "torch 2.10.0 against"),
         (written(triton="3.5.0"), "triton 3.5.0 against"),
+        (written(batchinv="0.0.1"), "batchinv 0.0.1 against"),
         (changed("bfloat16", classes=[1, 2, 1]), ""),
         (changed("bfloat16-unaligned", classes=[2, 1]), ""),
         (changed("bfloat16", shapes=[[64, 64, 0, 64, 8, 0, 0, 4, 3]]), ""),
         (written(results=[]), ""),
     ],
-    ids=["gpu", "torch", "triton", "two classes", "two classes of the same form", "another tile", "nothing measured"],
+    ids=["gpu", "torch", "triton", "batchinv", "two classes", "two classes of the same form", "another tile",
+         "nothing measured"],
 )  # fmt: skip
 def test_it_stays_lower(text, says):
     found, made = levels(torch.matmul, A, B, text=text)
@@ -160,7 +166,171 @@ def test_the_command(tmp_path, capsys):
     file.write_text(written())
     assert main(["certify", f"{script}:step", "--batch", "37", "--measured", str(file)]) == 0
     assert "measured on this GPU" in capsys.readouterr().out
-    for text in ("{}", "[1]", "no JSON", written(results=[{"kind": "int8"}])):
+    for text in ("{}", "[1]", "no JSON", written(results=[{"kind": "int8"}]), written(schema=0)):
         file.write_text(text)
         assert main(["certify", f"{script}:step", "--measured", str(file)]) == 2
         assert "no result of doctor" in capsys.readouterr().err
+
+
+# Attention
+
+
+def attention_results(*, runs=lambda run: True, classes=(1, 1), **changes):
+    """What a doctor writes of attention: those ``runs`` of every kind, with ``changes`` in each."""
+    return [
+        {
+            "kind": kind.name,
+            "classes": classes,
+            "runs": [{**dataclasses.asdict(run), **changes} for run in every_run(kind) if runs(run)],
+        }
+        for kind in doctor_attention.KINDS
+    ]
+
+
+@functools.cache
+def every_run(kind):
+    (result,) = doctor_attention.examine(kind, device="cpu", execute=without_running)
+    return result.runs
+
+
+def without_running(graph, inputs):
+    return [[(q, q[..., 0]) for q, *_ in row] for row in inputs]
+
+
+@pytest.fixture(scope="module")
+def few_rows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor_attention, "BATCH", 1)
+        patch.setattr(doctor_attention, "HEADS", 2)
+        yield
+
+
+def attend(q, k, v, mask=None, causal=False, scale=None):
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+    )
+
+
+def heads(queries, keys, width=64, dtype=torch.bfloat16):
+    q, k = torch.randn(2, 8, queries, width, dtype=dtype), torch.randn(2, 2, keys, width, dtype=dtype)
+    return q, k, k + 1
+
+
+def attention_level(name, *, results, **changes):
+    """Of the op and its kernels, after a doctor whose ``results`` these are."""
+    graph = generated(name)
+    measured = Measurement.from_json(written(results=results, **changes))
+    made = with_measurement(graph.certificate, graph.source, measured)
+    found = {claim.level for claim in made.entries + made.kernels if "Attention" in str(claim)}
+    (level,) = found
+    return level
+
+
+@functools.cache
+def generated(name):
+    fn, *args = ATTENTION[name]
+    (graph,) = inspect(fn, *args).graphs
+    return graph
+
+
+VISIBLE = torch.ones(1, 600, dtype=torch.bool)
+MEASURED = {
+    "decoding": (attend, *heads(1, 600)),
+    "prefill": (lambda *x: attend(*x, causal=True), *heads(600, 600)),
+    "prefill of few keys": (lambda *x: attend(*x, causal=True), *heads(100, 100)),
+    "bools": (attend, *heads(1, 600), VISIBLE),
+    "floats": (attend, *heads(1, 600), VISIBLE.bfloat16()),
+    "wide heads": (attend, *heads(1, 600, width=256)),
+    "fp16": (attend, *heads(64, 64, dtype=torch.float16)),
+    "fp32": (attend, *heads(64, 64, dtype=torch.float32)),
+}
+UNKNOWN_TO_DOCTORS = {
+    "head dim 128": (attend, *heads(1, 600, width=128)),
+    "head dim 63": (attend, *heads(1, 600, width=63)),
+    "values of another width": (attend, *heads(1, 600)[:2], torch.randn(2, 2, 600, 128).bfloat16()),
+    "wider floats": (attend, *heads(1, 600), VISIBLE.float()),
+    "scaled": (functools.partial(attend, scale=0.1), *heads(1, 600)),
+}
+ATTENTION = MEASURED | UNKNOWN_TO_DOCTORS
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_measured_attention_is_raised(name, few_rows):
+    assert attention_level(name, results=attention_results()) == Level.MEASURED.value
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [
+        ("decoding", {"classes": (1, 2)}),
+        ("decoding", {"runs": lambda run: not run.split}),
+        ("decoding", {"runs": lambda run: run.block_m != 16}),
+        ("decoding", {"runs": lambda run: run.mask != "none"}),
+        ("decoding", {"num_warps": 16}),
+        ("decoding", {"num_stages": 9}),
+        ("decoding", {"dtype": "float16"}),
+        ("decoding", {"scale": 1.0}),
+        ("decoding", {"head_dim": 128}),
+        ("decoding", {"form": "Attention(float32, 64, 1024, 8192, 2048)"}),
+        ("prefill", {"runs": lambda run: not run.causal}),
+        ("bools", {"runs": lambda run: run.mask != "bool"}),
+        ("floats", {"runs": lambda run: run.mask == "bool"}),
+        ("fp32", {"form": "Attention(tf32/float32, 32, 512, 8192, 2048)"}),
+    ],
+    ids=["two classes", "no split", "no tile of 16", "only masks", "warps", "stages", "dtype", "scale", "head dim",
+         "chunks", "not causal", "no bools", "only bools", "tf32"],
+)  # fmt: skip
+def test_attention_stays_lower(name, results, few_rows):
+    assert attention_level(name, results=attention_results(**results)) == Level.SOURCE.value
+
+
+@pytest.mark.parametrize("name", UNKNOWN_TO_DOCTORS)
+def test_attention_that_no_doctor_runs_stays_lower(name, few_rows):
+    assert attention_level(name, results=attention_results()) == Level.SOURCE.value
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gpu": "NVIDIA A100-SXM4-80GB"}, {"triton": "3.5.0"}], ids=["gpu", "triton"]
+)
+def test_attention_of_another_machine_stays_lower(changes, few_rows):
+    level = attention_level("decoding", results=attention_results(), **changes)
+    assert level == Level.SOURCE.value
+
+
+def test_one_kind_that_disagrees_takes_its_heads_with_it(few_rows):
+    """Whatever a second result, with the same heads, says of the same schedules."""
+    results = attention_results()
+    wrong = {**results[0], "classes": [2], "runs": results[0]["runs"][:1]}
+    assert attention_level("decoding", results=[*results, wrong]) == Level.SOURCE.value
+
+
+@pytest.mark.parametrize("kind", doctor_attention.KINDS, ids=lambda kind: kind.name)
+def test_the_doctor_writes_the_kernels_it_compiled(kind, few_rows):
+    """What is read from the text of each kernel of its graph is what its result says was run, in the same order."""
+    compiled = []
+
+    def generate(graph, inputs):
+        compiled.extend(inspect(graph, inputs, target="sm_90").graphs)
+        return without_running(graph, inputs)
+
+    kind = dataclasses.replace(kind, depths=(70,))
+    (result,) = doctor_attention.examine(kind, kind.schedules[:2], device="cpu", execute=generate)
+    (graph,) = compiled
+    ops = [entry for entry in graph.certificate.entries if entry.form]
+    read = [
+        run_of([graph.kernels[k.name] for k in graph.certificate.kernels if entry.name in k.ops], entry.form)
+        for entry in ops
+    ]
+    assert read == [*result.runs] and len(read) == 8
+
+
+def test_a_kernel_of_several_layers_speaks_for_each(few_rows):
+    def layers(q, k, v):
+        for _ in range(3):
+            q = attend(q, k, v).sin()
+        return q
+
+    for results, level in (([], Level.SOURCE), (attention_results(), Level.MEASURED)):
+        measured = Measurement.from_json(written(results=results))
+        made = certify(layers, *heads(1, 600), batch_dim=None, measured=measured)
+        assert [entry.level for entry in made.certificates[0].entries if entry.form] == [level.value] * 3

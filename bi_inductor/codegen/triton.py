@@ -7,12 +7,15 @@ Both are the TREE form, so the heuristics that choose between them, and all thei
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 from torch._inductor.codegen.common import CSEVariable
 from torch._inductor.codegen.simd import prefix_is_reduction
 from torch._inductor.codegen.triton import TritonKernel, TritonKernelOverrides, TritonScheduling
 from torch._inductor.ops_handler import ReductionType
+from torch._inductor.utils import aggregate_origins
 from torch._inductor.virtualized import V
 
 from .. import _compat
@@ -137,3 +140,10 @@ class BatchInvariantTritonScheduling(TritonScheduling):
     """Chosen for CUDA devices by ``scope.py``, only inside our own compiles."""
 
     kernel_type = BatchInvariantTritonKernel
+
+    def define_kernel(self, src_code: str, node_schedule: Any, kernel: Any) -> str:
+        """As Inductor's; the graph is told which ops are in a kernel that is used again, above which no comment is."""
+        name = super().define_kernel(src_code, node_schedule, kernel)
+        origins = aggregate_origins(node_schedule)
+        V.graph.kernel_ops.setdefault(name, set()).update(origin.name for origin in origins)
+        return name

@@ -108,11 +108,14 @@ def _as_json(results: list[Result]) -> dict[str, object]:
     import torch
     import triton
 
-    from bi_inductor.measurement import driver_version
+    from bi_inductor import __version__
+    from bi_inductor.measurement import DOCTOR_SCHEMA, driver_version
 
     return {
+        "schema": DOCTOR_SCHEMA,
         "gpu": torch.cuda.get_device_name(),
         "driver": driver_version(),
+        "batchinv": __version__,
         "torch": str(torch.__version__),
         "triton": triton.__version__,
         "agree": agree(results),

@@ -538,6 +538,11 @@ SPREAD = {
         (R(4, 3, 40),),
         {"dynamic": True},
     ),
+    "experts of sequences": (
+        lambda x, y, ends: _grouped(x.flatten(0, 1).t(), y.flatten(0, 1), ends),
+        (BF(4, 10, 32), BF(4, 10, 24), ENDS),
+        {"dynamic": True},
+    ),
     "half sums": (lambda x: (x.sum(-1), x.mean(0), x.softmax(-1)), (R(40, 3000).half(),), {}),
     "counts cut in chunks": (lambda x: (x > 0).sum(-1), (R(3, 40000),), {}),
     "cut in chunks": (lambda x: (x.var(-1), x.logsumexp(-1)), (R(4, 40000),), {}),

@@ -10,6 +10,8 @@ from .syntax import assigned
 from .triton_product import ChainedProduct
 
 _STRIDE = r"\(\w+\)"
+#: A size of the graph, or the product of several: tokens of a batch of sequences.
+_SIZE = r"(?:\w+\*)*\w+"
 #: How a program finds its group, and the group's stretch of rows or of k: sums of integers, and only these.
 _ROWS = {
     "group": r"tl\.arange\(0, GROUPS\)",
@@ -26,7 +28,7 @@ _ROWS = {
     "steps": r"tl\.where\(mine < groups, tl\.cdiv\(K, BLOCK_K\), 0\)",
 }
 _DEPTH = {
-    "last_k": rf"tl\.minimum\(tl\.load\(ENDS \+ idx_b \* {_STRIDE}\), \w+\)",
+    "last_k": rf"tl\.minimum\(tl\.load\(ENDS \+ idx_b \* {_STRIDE}\), {_SIZE}\)",
     "first_k": rf"tl\.load\(ENDS \+ \(idx_b - 1\) \* {_STRIDE}, mask=idx_b > 0, other=0\)",
     "K": r"last_k - first_k",
     "steps": r"tl\.cdiv\(K, BLOCK_K\)",

@@ -96,7 +96,7 @@ def _holding_four(half):
 def test_families_are_read_from_ptx():
     """Every schedule compiles, with every mask, and its instructions are found."""
     cases = doctor_attention._masked(*doctor_attention.operands(KIND, 89, "cpu"))
-    inputs = [[(query.clone(), *rest) for _ in KIND.schedules for query, *rest in cases]]
+    inputs = [[doctor_attention._copied(case) for _ in KIND.schedules for case in cases]]
     in_turn = [schedule for schedule in KIND.schedules for _ in cases]
     with doctor.prepared("triton_attention", "schedule_for", in_turn, tf32=False):
         source = inspect(doctor_attention._graph, inputs, target="sm_90").source

@@ -226,30 +226,6 @@ def test_the_users_line_survives(dynamic):
     assert ops and all("# the user's line" in node.meta["stack_trace"] for node in ops)
 
 
-def rewritten(fn, *inputs):
-    def backend(graph, _):
-        return canonicalize(graph)
-
-    return torch.compile(fn, backend=backend, fullgraph=True)(*inputs)
-
-
-def test_dropout_is_refused_by_name_and_line():
-    def fn(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=0.1)  # the user's line
-
-    with pytest.raises(BatchInvarianceError, match="the user's line") as caught:
-        rewritten(fn, *operands(SHAPES["4-D"]))
-    assert caught.value.op == "scaled_dot_product_attention" and "dropout_p=0.0" in caught.value.remedy
-
-
-def test_a_refusal_may_leave_the_stock_op():
-    graph = torch.fx.symbolic_trace(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5))
-    refused = []
-    canonicalize(graph, refuse=refused.append)
-    assert [error.op for error in refused] == ["scaled_dot_product_attention"]
-    assert F.scaled_dot_product_attention in [node.target for node in graph.graph.nodes]
-
-
 def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 5, 8)])
     graph = torch.fx.symbolic_trace(lambda q: F.scaled_dot_product_attention(q, q, q))

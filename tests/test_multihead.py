@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import assert_accurate
 from torch import nn
 from torch.utils import _pytree as pytree
 from tracing import computing_targets, traced
 
-from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.passes.canonicalize import canonicalize
 
 LENGTH, KEYS, BATCH, WIDTH, HEADS = 5, 7, 3, 8, 2
@@ -166,9 +166,15 @@ def test_inference_and_training_compute_the_same_ops_at_every_batch(name):
     assert not any("transformer_encoder" in op or "scaled_dot" in op for op in graphs.pop())
 
 
-def test_dropout_is_refused_in_training_only():
-    module = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
-    with pytest.raises(BatchInvarianceError, match="multi_head_attention_forward"):
-        rewritten(module)(*query_key_value())
+def test_dropout_in_training_only():
+    """As in eager, the weights that are returned are those after dropout."""
+    module = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.25, batch_first=True)
+    inputs = query_key_value(batch=50)
+    output, weights = rewritten(module)(*inputs, average_attn_weights=False)
+    assert abs((weights == 0).double().mean() - 0.25) < 0.05
+    weight, bias = (x.chunk(3)[2] for x in (module.in_proj_weight, module.in_proj_bias))
+    v = F.linear(inputs[2], weight, bias)
+    heads = weights @ v.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    torch.testing.assert_close(output, module.out_proj(heads.transpose(1, 2).flatten(2)))
     torch._dynamo.reset()
-    check(module.eval(), *query_key_value())
+    check(module.eval(), *inputs)

@@ -33,6 +33,7 @@ APART = {
     "batch norm in eval": lambda x: F.batch_norm(x, W[0, :5], W[1, :5].abs()),
     "windows": lambda x: x.unfold(2, 3, 1).sum(-1),
     "dropout": lambda x: F.dropout(x, 0.5) + torch.rand_like(x),
+    "attention with dropout": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
     "dropout of rows and positions": lambda x: F.dropout(x.flatten(0, 1), 0.5).view(x.shape) + x,
 }
 
@@ -54,6 +55,9 @@ MIXING = {
     "regrouped": lambda x: x.transpose(0, 1).reshape(x.shape) + x,
     "einsum over rows": lambda x: torch.einsum("bik,bjk->ij", x, x),
     "dropout of another dimension's rows": lambda x: F.dropout(x.transpose(0, 1), 0.5),
+    "dropout of attention among heads and rows": lambda x: (
+        lambda y: F.scaled_dot_product_attention(y, y, y, dropout_p=0.5)
+    )(x.unflatten(2, (2, 1, 4)).permute(2, 0, 3, 1, 4)),
     "dropout of positions and rows": lambda x: F.dropout(x.transpose(0, 1).reshape(-1, 8), 0.5),
 }
 

@@ -1,16 +1,18 @@
 """``scaled_dot_product_attention`` in one form per device and dtype, for every shape.
 
 Stock dispatch picks flash, memory-efficient, cuDNN or math by shape. Here a query row on a GPU is the ATTENTION form of
-``contract.py``, one kernel, for bf16, fp16 and fp32 and heads of up to 256 elements. For fp64, wider heads and on the
-CPU it is two matrix products around one softmax::
+``contract.py``, one kernel, for bf16, fp16 and fp32 and heads of up to 256 elements. For fp64, wider heads, dropout and
+on the CPU it is two matrix products around one softmax::
 
     s[j] = (sum_e q[e] * k[j, e]) * scale      e ascending, fp32, never rounded to the input dtype
     s[j] = mask[j] ? s[j] : -inf               or s[j] + mask[j], in fp32
     p[j] = exp(s[j] - max_j s) / sum_j exp(...)  exact maximum, tree sum in key order; 0 where every key is masked
+    p[j] = 0 or p[j] / (1 - dropout_p)         ``torch.dropout``, drawn by seed and position in [..., H, L, S]
     o[c] = round(sum_j round(p[j]) * v[j, c])  j ascending, one accumulator
 
 with fp64 in place of fp32 for fp64 inputs. Rows meet nowhere, so a query gives the same bits alone, in a
-chunk and in a full prefill; masked keys add exact zeros at the tail, so padding changes nothing.
+chunk and in a full prefill; masked keys add exact zeros at the tail, so padding changes nothing. What is dropped is
+another matter: it follows a query's place, and the numbers of queries and keys, but not the size of the outermost dim.
 """
 
 from __future__ import annotations
@@ -52,13 +54,12 @@ def scaled_dot_product_attention(
     """``query [..., H, L, E]``, ``key [..., Hk, S, E]``, ``value [..., Hv, S, Ev]`` -> ``[..., H, L, Ev]``.
 
     Same arguments and meaning as ``torch.nn.functional.scaled_dot_product_attention``; without
-    ``enable_gqa`` all leading dims broadcast and may be absent. ``dropout_p`` must be 0 (see
-    :func:`_refusal`).
+    ``enable_gqa`` all leading dims broadcast and may be absent. Raises RuntimeError for a ``dropout_p``
+    outside [0, 1].
     """
-    torch._check(dropout_p == 0.0, lambda: "dropout in attention has no canonical form")
     torch._check(attn_mask is None or not is_causal, lambda: "attn_mask and is_causal exclude each other")
     with autocast_applied(query, key, value, attn_mask) as (query, key, value, attn_mask):
-        return attend_safely(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return attend_safely(query, key, value, attn_mask, is_causal, scale, enable_gqa, dropout_p)
 
 
 def attend_safely(
@@ -69,14 +70,27 @@ def attend_safely(
     is_causal: bool,
     scale: float | None = None,
     enable_gqa: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """The output alone, 0 where every key is masked: by the kernel if there is one for these dtypes and head dims."""
-    if has_kernel(query, key, value):
+    """The output alone, 0 where every key is masked.
+
+    Without dropout by the kernel, if there is one for these dtypes and head dims.
+    """
+    if dropout_p == 0.0 and has_kernel(query, key, value):
         leading, query, key, value, attn_mask = _as_batch_of_heads(query, key, value, attn_mask, enable_gqa)
         output, _ = attention(query, key, value, attn_mask, is_causal, _scale(query, scale))
         return output.reshape(*leading, *output.shape[-2:])
-    safe_softmax = torch.ops.aten._safe_softmax.default
-    return attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, safe_softmax)[0]
+    softmax = with_dropout(torch.ops.aten._safe_softmax.default, dropout_p)
+    return attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, softmax)[0]
+
+
+def with_dropout(
+    softmax: Callable[[Tensor, int], Tensor], dropout_p: float
+) -> Callable[[Tensor, int], Tensor]:
+    """``softmax``, then dropout of its results where ``dropout_p`` is not 0; forward and backward draw once."""
+    if dropout_p == 0.0:
+        return softmax
+    return lambda scores, dim: torch.dropout(softmax(scores, dim), dropout_p, True)
 
 
 def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -203,11 +217,6 @@ def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores + attn_mask.to(scores.dtype)
 
 
-def dropout_refusal(node: Node, op: str, remedy: str) -> BatchInvarianceError:
-    reason = "what is dropped for a query follows its slot in the batch and the number of keys"
-    return BatchInvarianceError(op, reason, remedy, source_line(node))
-
-
 def nested_refusal(node: Node, op: str) -> BatchInvarianceError | None:
     """The error for a nested (jagged) first argument, or None for a plain tensor."""
     value = argument(node, 0, "query")
@@ -216,14 +225,6 @@ def nested_refusal(node: Node, op: str) -> BatchInvarianceError | None:
     reason = "nested (jagged) inputs have no canonical form yet"
     remedy = "pass padded tensors with a boolean mask: masked keys at the tail change no bit"
     return BatchInvarianceError(op, reason, remedy, source_line(node))
-
-
-def _refusal(node: Node) -> BatchInvarianceError | None:
-    op = "scaled_dot_product_attention"
-    if argument(node, 4, "dropout_p", 0.0) != 0.0:
-        remedy = "pass dropout_p=0.0 (for inference: dropout_p=p if self.training else 0.0)"
-        return dropout_refusal(node, op, remedy)
-    return nested_refusal(node, op)
 
 
 ATTENTION = Retarget(
@@ -236,5 +237,5 @@ ATTENTION = Retarget(
         }
     ),
     replacement=scaled_dot_product_attention,
-    refuse=_refusal,
+    refuse=lambda node: nested_refusal(node, "scaled_dot_product_attention"),
 )

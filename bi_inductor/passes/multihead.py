@@ -13,19 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Node
 
-from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import composite
 from bi_inductor.passes.attention import (
     attend,
     attend_safely,
     autocast_applied,
-    dropout_refusal,
     nested_refusal,
+    with_dropout,
 )
 from bi_inductor.passes.linear import linear
-from bi_inductor.passes.retarget import Retarget, argument
+from bi_inductor.passes.retarget import Retarget
 
 _SCHEMA = (
     "multi_head_attention_forward(Tensor query, Tensor key, Tensor value, SymInt embed_dim_to_check, "
@@ -68,9 +66,9 @@ def multi_head_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``query [L, N, E]``, ``key [S, N, Ek]``, ``value [S, N, Ev]``, or all without N.
 
-    Returns ``[L, N, E]`` and, if wanted, the weights ``[N, L, S]`` (``[N, heads, L, S]`` unless averaged).
+    Returns ``[L, N, E]`` and, if wanted, the weights ``[N, L, S]`` (``[N, heads, L, S]`` unless averaged), after
+    their dropout in training.
     """
-    torch._check(not (training and dropout_p), lambda: "dropout in attention has no canonical form")
     batched = query.dim() == 3
     if not batched:
         query, key, value, key_padding_mask = _with_batch(query, key, value, key_padding_mask)
@@ -88,7 +86,7 @@ def multi_head_attention_forward(
     hinted = is_causal and key_padding_mask is None and not need_weights
     extra_keys = int(bias_k is not None) + int(add_zero_attn)
     mask = None if hinted else _merge_masks(attn_mask, key_padding_mask, q, extra_keys)
-    output, probabilities = _attention(q, k, v, mask, hinted, need_weights)
+    output, probabilities = _attention(q, k, v, mask, hinted, need_weights, dropout_p if training else 0.0)
     output = linear(output.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     shown = None
     if probabilities is not None:
@@ -153,13 +151,20 @@ def _merge_masks(
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    need_weights: bool,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows with every key hidden are NaN with weights and 0 without: what eager returns."""
     with autocast_applied(query, key, value, mask) as (query, key, value, mask):
         if need_weights:
-            return attend(query, key, value, mask, is_causal, None, False, torch.softmax)
-        return attend_safely(query, key, value, mask, is_causal), None
+            softmax = with_dropout(torch.softmax, dropout_p)
+            return attend(query, key, value, mask, is_causal, None, False, softmax)
+        return attend_safely(query, key, value, mask, is_causal, dropout_p=dropout_p), None
 
 
 _ENCODER_SCHEMA = (
@@ -226,19 +231,11 @@ def transformer_encoder_layer(
     return norm_2(x + feed_forward(x))
 
 
-def _refusal(node: Node) -> BatchInvarianceError | None:
-    if argument(node, 13, "training", True) and argument(node, 10, "dropout_p") != 0.0:
-        return dropout_refusal(
-            node, "multi_head_attention_forward", "build it with dropout=0.0, or call .eval()"
-        )
-    return nested_refusal(node, "multi_head_attention_forward")
-
-
 MULTIHEAD = Retarget(
     name="multihead",
     targets=frozenset({F.multi_head_attention_forward}),
     replacement=multi_head_attention_forward,
-    refuse=_refusal,
+    refuse=lambda node: nested_refusal(node, "multi_head_attention_forward"),
 )
 ENCODER_LAYER = Retarget(
     name="encoder_layer",

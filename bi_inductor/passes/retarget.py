@@ -54,10 +54,6 @@ class Retarget:
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """The value a call passes for one parameter, positionally or by name; for a node, its example value.
-
-    Under dynamic shapes a plain float, such as a module's dropout probability, may be an input of the graph:
-    comparing the symbolic number that stands for it guards the graph on the answer.
-    """
+    """The value a call passes for one parameter, positionally or by name; for a node, its example value."""
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
     return value.meta.get("example_value", value.meta.get("val")) if isinstance(value, Node) else value

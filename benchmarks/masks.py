@@ -1,6 +1,6 @@
 """What a mask costs attention: none, bools and floats, beside SDPA's efficient kernel under the same mask, in one run.
 
-    python benchmarks/masks.py --out benchmarks/results/masks.csv    # half a minute
+    python benchmarks/masks.py --out benchmarks/results/masks.csv    # a minute
 
 bf16, 32 query heads, 8 key heads (repeated for SDPA's kernel, outside the time), head dim 128. ``of_unmasked`` is the
 time over that of the same call without a mask; ``efficient`` is batchinv's time over SDPA's: below 1 is faster.
@@ -70,7 +70,7 @@ def main() -> None:
         for record in measure(*case):
             print(*record.values(), flush=True)
             records.append({**record, **timing.machine()})
-    timing.write_csv(options.out, records, "python " + " ".join(sys.argv))
+        timing.write_csv(options.out, records, "python " + " ".join(sys.argv))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Scatters and gradients of embeddings beside eager's deterministic algorithms and stock Inductor, in one run.
 
-    python benchmarks/scatter.py --out benchmarks/results/scatter.csv    # half a minute
+    python benchmarks/scatter.py --out benchmarks/results/scatter.csv    # two minutes
 
 ``deterministic`` and ``stock`` are batchinv's time over theirs: below 1 is faster. Stock adds with atomics, whose order
 changes from run to run. ``floor_us`` is one reading of the sources and one writing of the result by the datasheet.
@@ -100,9 +100,9 @@ def main() -> None:
             continue
         print(*record.values(), flush=True)
         records.append({**record, **timing.machine()})
+        timing.write_csv(options.out, records, "python " + " ".join(sys.argv))
     ratios = [math.log(float(str(record["deterministic"]))) for record in records]
     print(f"geomean against deterministic algorithms: {math.exp(statistics.fmean(ratios)):.3f}")
-    timing.write_csv(options.out, records, "python " + " ".join(sys.argv))
 
 
 if __name__ == "__main__":

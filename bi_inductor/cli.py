@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BatchInvarianceError as error:
         print(str(error).split("\n\n")[0], file=sys.stderr)  # Dynamo appends advice for its own developers
+        if options.json:
+            refused = {name: getattr(error, name) for name in ("op", "source", "reason", "remedy")}
+            print(json.dumps({"refused": refused}, indent=1))
         return 1
     except BrokenPipeError:  # the reader has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -27,6 +27,9 @@ def fixed(x):
 def unproven(x):
     return torch.linalg.vector_norm(torch.linalg.svdvals(x.unsqueeze(-1)), dim=-1)
 
+def misfit(x):
+    return x + torch.ones(3)
+
 def refused(x):
     return torch.linalg.svdvals(x.unsqueeze(-1))
 
@@ -68,14 +71,26 @@ def test_certify_and_compare_with_what_was_written(steps, capsys, tmp_path):
 def test_certify_says_where_the_batch_is_not_free(steps, capsys):
     code, out, _ = run(capsys, "certify", f"{steps}:fixed", "--batch", "2,3", "--target", "cpu")
     assert code == 1 and "numerics differ" in out and "became a constant" in out
-    code, _, errors = run(capsys, "certify", f"{steps}:refused", "--batch", "2", "--target", "cpu")
+
+
+def test_a_refusal_is_an_object_too(steps, capsys):
+    code, out, errors = run(
+        capsys, "certify", f"{steps}:refused", "--batch", "2", "--target", "cpu", "--json"
+    )
     assert code == 1 and errors[0].startswith("batchinv refuses aten._linalg_svd")
+    refused = json.loads(out)["refused"]
+    assert refused["op"] == "aten._linalg_svd.default" and "steps.py:" in refused["source"]
+    assert refused["reason"] and refused["remedy"]
+    code, out, _ = run(capsys, "inspect", f"{steps}:refused", "--batch", "2", "--target", "cpu")
+    assert code == 1 and out == ""
 
 
 def test_check_counts_rows_and_names_the_op(steps, capsys):
     code, out, _ = run(capsys, "check", f"{steps}:step", "--batch", "1,9", "--json")
-    ours, stock = json.loads(out)
-    assert code == 0 and ours == {"backend": "batchinv", "changed": {"1": 0, "9": 0}, "first": ""}
+    report = json.loads(out)
+    ours, stock = report["backends"]
+    assert code == 0 and not report["batchinv_changed"]
+    assert ours == {"backend": "batchinv", "changed": {"1": 0, "9": 0}, "first": ""}
     assert (
         stock["changed"]["9"] > 0
         and "first op whose bits differ" in stock["first"]
@@ -95,6 +110,7 @@ def test_check_of_an_unproven_op(steps, capsys):
     ("arguments", "says"),
     [
         (["certify", "STEPS:nothing"], "defines no function"),
+        (["inspect", "STEPS:misfit"], "misfit fails at batch 1: RuntimeError('"),
         (["certify", "STEPS:step", "--target", "sm_91"], "did you mean"),
         (["certify", "STEPS:step", "--against", "missing.json"], "cannot read missing.json"),
         (["certify", "STEPS:step", "--against", "STEPS"], "cannot read"),

@@ -50,8 +50,13 @@ def run(options: argparse.Namespace) -> int:
     loaded = script.load(options.function)
     inputs = loaded.inputs(max(batches))
     answers = [_check(loaded, inputs, batches, backend, options) for backend in dict.fromkeys(backends)]
-    _show(answers, as_json=options.json)
-    return 1 if any(a.backend == "batchinv" and sum(a.changed.values()) for a in answers) else 0
+    changed = any(a.backend == "batchinv" and sum(a.changed.values()) for a in answers)
+    if options.json:
+        backends = [dataclasses.asdict(answer) for answer in answers]
+        print(json.dumps({"batchinv_changed": changed, "backends": backends}))
+    else:
+        _show(answers)
+    return 1 if changed else 0
 
 
 def _check(
@@ -110,10 +115,7 @@ def _first_op(loaded: script.Script, inputs: tuple[Any, ...], backend: str, sett
     return "no op: with all intermediate results kept nothing changes"
 
 
-def _show(answers: list[_Answer], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps([dataclasses.asdict(answer) for answer in answers]))
-        return
+def _show(answers: list[_Answer]) -> None:
     batches = list(answers[0].changed)
     print(f"{'rows that changed':18}" + "".join(f"{batch:>8}" for batch in batches) + "   <- batch")
     for answer in answers:

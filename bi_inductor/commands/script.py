@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,14 @@ class Script:
         except (BatchInvarianceError, OptionError, MissingDependencyError, CommandError):
             raise
         except Exception as error:
-            raise CommandError(f"{self.where} fails at batch {batch}: {one_line(error)[:300]}") from error
+            raise CommandError(f"{self.where} fails at batch {batch}: {_said_by(error)[:300]}") from error
+
+
+def _said_by(error: Exception) -> str:
+    """The message in one line; of an error that Dynamo met when it traced, the words of that one alone."""
+    text = one_line(error)
+    met = re.search(r"got (\w+\((['\"]).+?\2\))", text) if "fake tensor" in text else None
+    return met[1] if met else text
 
 
 def add_function(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,7 @@ BASES = {
     "columns in chunks": (lambda x: x.sum(0), (R(5000, 100),), {}),
     "looped softmax": (lambda x: x.softmax(-1), (R(8, 3000),), {"dynamic": True}),
     "pointwise": (lambda x, y: x / y + torch.sqrt(x), (R(8, 300), R(8, 300)), {}),
+    "drawn": (lambda x: F.dropout(x, 0.5), (R(8, 300),), {}),
     "matmul": (lambda a, b: F.gelu(a @ b), (R(5, 33, 70), R(5, 70, 20)), {}),
     "even matmul": (lambda a, b: a @ b, (R(64, 256), R(256, 64)), {}),
     "tiles": (torch.nn.Linear(256, 320, bias=False).bfloat16(), (R(33, 256).bfloat16(),), {"dynamic": True}),
@@ -207,6 +208,10 @@ CORRUPTIONS = {
     # Triton: anything
     "atomic": _in_held("atomic", r"tl\.store\(", "tl.atomic_add("),
     "unknown call": _in_held("call", r"libdevice\.rsqrt\(", "tl.histogram2("),
+    "a draw that follows the tile": Corruption(
+        "drawn", "call", r"draws\.uniform\(", "triton_helpers.rand4x("
+    ),
+    "another draw": Corruption("drawn", "call", r"draws\.uniform\(", "tl.rand("),
     "unknown helper": _in_held("call", r"libdevice\.rsqrt\(", "triton_helpers.fast_rsqrt("),
     "library of its own": _in_held(
         "import", r"from bi_inductor\.runtime import ordered", "from elsewhere import ordered"

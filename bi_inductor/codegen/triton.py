@@ -19,6 +19,7 @@ from torch._inductor.utils import aggregate_origins
 from torch._inductor.virtualized import V
 
 from .. import _compat
+from . import triton_draws
 from .triton_sizes import SizePrinter
 
 #: Upper bound of a reduced length about which nothing is known; int64 indexing does not loop further in practice.
@@ -28,15 +29,17 @@ _LOW_PRECISION = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 
 class BatchInvariantTritonKernel(TritonKernel):
-    """A TritonKernel that emits ``sum`` and ``prod`` in the TREE form, and numbers made from sizes in fp64."""
+    """A TritonKernel that emits ``sum`` and ``prod`` in the TREE form, numbers made from sizes in fp64, and random
+    numbers by position."""
 
     kexpr = staticmethod(SizePrinter().doprint)
+    overrides = triton_draws.DrawsByPosition  # type: ignore[assignment]
 
     @classmethod
     def gen_common_triton_imports(cls) -> str:
         # Our tiles under Inductor's name: its tools find out what a kernel is by its decorator's text.
         return super().gen_common_triton_imports() + (
-            "from bi_inductor.runtime import ordered\n"
+            triton_draws.IMPORT + "from bi_inductor.runtime import ordered\n"
             "from bi_inductor.runtime import schedules as triton_heuristics\n"
         )
 

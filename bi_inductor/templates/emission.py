@@ -15,19 +15,24 @@ from torch._inductor import config, ir
 from torch._inductor.select_algorithm import TritonTemplate, TritonTemplateKernel
 from torch._inductor.virtualized import V
 
+from bi_inductor.codegen import triton_draws
 from bi_inductor.codegen.triton_sizes import SizePrinter
 
 
 class TemplateKernel(TritonTemplateKernel):
-    """The stock template kernel, except that it is checked when it is compiled (``runtime/checked.py``), and that
-    run-time sizes are int64 whenever addresses are (2.11: not)."""
+    """The stock template kernel, except that it is checked when it is compiled (``runtime/checked.py``), that random
+    numbers of an epilogue are drawn by position, and that run-time sizes are int64 whenever addresses are (2.11: not).
+    """
 
     kexpr = staticmethod(SizePrinter().doprint)
+    overrides = triton_draws.DrawsByPosition  # type: ignore[assignment]
 
     @classmethod
     def gen_common_triton_imports(cls) -> str:
         imports: str = super().gen_common_triton_imports()
-        return imports + "from bi_inductor.runtime import checked as triton_heuristics\n"
+        return (
+            imports + triton_draws.IMPORT + "from bi_inductor.runtime import checked as triton_heuristics\n"
+        )
 
     @property
     def index_dtype(self) -> str:

@@ -20,17 +20,18 @@ CALLS: dict[str, frozenset[str]] = {
     "tl": frozenset(
         """abs advance arange broadcast_to cast cdiv clamp debug_barrier device_assert dot exp fma full
         inline_asm_elementwise load log make_block_ptr make_tensor_descriptor max_contiguous maximum minimum
-        multiple_of num_programs program_id rand randint randint4x randn range reshape rsqrt sigmoid sqrt sqrt_rn
+        multiple_of num_programs program_id randint randint4x range reshape rsqrt sigmoid sqrt sqrt_rn
         static_assert store trans view where zeros zeros_like""".split()
     ),
     "attention": ATTENTION_CALLS,
+    "draws": frozenset(["normal", "uniform"]),
     "ordered": frozenset("new_stack push_prod push_sum total_prod total_sum tree_prod tree_sum".split()),
     # Elementwise, and extrema (and any), which are exact in every order.
     "triton_helpers": frozenset(
         """any bucketize_binary_search constexpr_next_power_of_2 device_assert_then div_floor_integer fmax2 fmaximum
         fp8e4m3fn_to_float32 frexp if_mask inline_asm_pack inline_asm_unpack is_floating max2 max2_strict
         max_with_index maximum maximum_with_index min2 min2_strict min_with_index minimum minimum_with_index
-        pow_integer promote_to_tensor rand4x randint64 randn4x remainder_integer select_one
+        pow_integer promote_to_tensor randint64 remainder_integer select_one
         sort_with_index""".split()
     ),
     "tl.extra.cuda": frozenset(["gdc_launch_dependents", "gdc_wait"]),
@@ -57,6 +58,7 @@ IMPORTS = frozenset(
         "from torch._inductor.runtime.hints import AutotuneHint, ReductionHint, TileHint, DeviceProperties",
         "from bi_inductor.runtime import attention",
         "from bi_inductor.runtime import checked as triton_heuristics",
+        "from bi_inductor.runtime import draws",
         "from bi_inductor.runtime import ordered",
         "from bi_inductor.runtime import schedules as triton_heuristics",
         "from bi_inductor.runtime import tiles as triton_heuristics",

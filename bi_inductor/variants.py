@@ -128,12 +128,13 @@ def _keeping(compiler: Callable[..., Any], values: list[Value]) -> Callable[...,
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nodes, count = _expose(gm)
+        made_by = [(node.name, _op(node), source_line(node)) for node in nodes]  # a compiler may rewrite them
         call = compiler(gm, inputs)
 
         def keeping(*args: Any) -> Any:
             results = call(*args)
-            for node, result in zip(nodes, results[count:], strict=True):
-                values.append(Value(node.name, _op(node), source_line(node), result.detach().clone()))
+            for made, result in zip(made_by, results[count:], strict=True):
+                values.append(Value(*made, result.detach().clone()))
             return tuple(results[:count])
 
         return keeping

@@ -16,10 +16,10 @@ def annotated_graph(gm: GraphModule, certificate: Certificate) -> str:
     return "\n".join(_line(node, found.get(node.name)) for node in gm.graph.nodes)
 
 
-def artifact(gm: GraphModule, certificate: Certificate) -> str:
-    """JSON of the certificate with the annotated graph in ``annotated_graph``: what tlparse is given."""
-    fields = json.loads(certificate.to_json())
-    return json.dumps({**fields, "annotated_graph": annotated_graph(gm, certificate).splitlines()}, indent=1)
+def artifact(certificate: Certificate, gm: GraphModule | None = None) -> str:
+    """JSON of the certificate, with ``annotated_graph`` if the graph is given: what tlparse gets."""
+    lines = annotated_graph(gm, certificate).splitlines() if gm is not None else []
+    return json.dumps({**json.loads(certificate.to_json()), "annotated_graph": lines}, indent=1)
 
 
 def _line(node: Node, entry: Entry | None) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .graph import BatchInvariantGraphLowering
 
 log = logging.getLogger("bi_inductor")
+#: Hashes of certificates made in this process whose graph has not been handed out yet.
+_announced: set[int] = set()
 
 
 def attest(graph: BatchInvariantGraphLowering, source: str) -> Certificate:
@@ -47,8 +49,21 @@ def attest(graph: BatchInvariantGraphLowering, source: str) -> Certificate:
     examination = verifier.check(source, made) if is_verified else verifier.examine(source, made)
     made = with_levels(made, examination.kernels, graph.kernel_ops, is_verified)
     log.debug("%s\n%s", made, annotated.annotated_graph(graph.module, made))
-    _trace(graph, made)
+    _trace(lambda: annotated.artifact(made, graph.module))
+    _announced.add(hash(made))
     return made
+
+
+def announce_loaded(made: Certificate | None) -> None:
+    """Log and trace the certificate of a graph that is handed out, unless that was done when it was made.
+
+    Of a graph from a cache there is no graph left to annotate.
+    """
+    if made is None or hash(made) in _announced:
+        _announced.discard(hash(made))
+        return
+    log.debug("loaded from a cache: %s", made)
+    _trace(lambda: annotated.artifact(made))
 
 
 def target_of(graph: BatchInvariantGraphLowering) -> str:
@@ -170,10 +185,10 @@ def _cpp_schedule(text: str) -> tuple[str, ...]:
     return (*chosen, "vectors" if "at::vec::Vectorized" in text.rpartition('extern "C"')[2] else "scalars")
 
 
-def _trace(graph: BatchInvariantGraphLowering, made: Certificate) -> None:
+def _trace(payload: Callable[[], str]) -> None:
     """One structured artifact for each graph, which tlparse shows beside the generated code."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "batchinv_certificate", "encoding": "json"},
-        payload_fn=lambda: annotated.artifact(graph.module, made),
+        payload_fn=payload,
     )

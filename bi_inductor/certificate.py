@@ -256,14 +256,15 @@ _registry_lock = threading.Lock()
 _collections: list[list[str]] = []
 
 
-def record_from(source: str) -> None:
-    """Remember the certificate of generated source that was compiled or loaded from a cache."""
+def record_from(source: str) -> Certificate | None:
+    """Remember the certificate of generated source that was compiled or loaded from a cache, and return it."""
     certificate = extract(source)
     if certificate is not None:
         with _registry_lock:
             _registry.append(certificate)
             for collection in _collections:
                 collection.append(source)
+    return certificate
 
 
 @contextlib.contextmanager

@@ -220,14 +220,14 @@ def _install_size_comparison() -> None:
 def _install_certificate_reader() -> None:
     from torch._inductor.output_code import CompiledFxGraph
 
-    from . import certificate
+    from . import attest, certificate
 
     stock: Callable[..., Any] = CompiledFxGraph.post_compile
 
     def post_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
         if _options() is not None:  # a graph generated for inspection only has no source on disk
-            certificate.record_from(getattr(self, "source_code", ""))
+            attest.announce_loaded(certificate.record_from(getattr(self, "source_code", "")))
         return result
 
     _replace(CompiledFxGraph, "post_compile", post_compile)

@@ -16,6 +16,7 @@ from torch._inductor.exc import InductorError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bi_inductor
+import bi_inductor.attest
 from bi_inductor import Certification, certify, contract, entries, inspect, verdicts
 from bi_inductor.certificate import Certificate, Level
 from bi_inductor.errors import BatchInvarianceError
@@ -353,3 +354,19 @@ def test_logs_and_the_structured_artifact(caplog, monkeypatch):
                                   "additionalProperties": True})  # fmt: skip
     assert any("# CANONICAL Tree(float32, sum, 50) (verified in source)" in line for line in lines)
     assert "batchinv certificate, cpu, forward" in caplog.text and lines[1] in caplog.text
+
+
+def test_a_graph_from_a_cache_is_logged_and_traced_too(caplog, monkeypatch, tmp_path):
+    payloads = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        bi_inductor.attest, "trace_structured", lambda *_, payload_fn, **__: payloads.append(payload_fn())
+    )
+    caplog.set_level(logging.DEBUG, logger="bi_inductor")
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(lambda x: F.softmax(x, -1) * 3, backend="batchinv")(torch.randn(3, 50))
+    made, loaded = map(json.loads, payloads)
+    assert made.pop("annotated_graph") and loaded.pop("annotated_graph") == [] and made == loaded
+    assert caplog.text.count("batchinv certificate, cpu, forward") == 2
+    assert caplog.text.count("loaded from a cache") == 1

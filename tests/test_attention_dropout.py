@@ -187,6 +187,6 @@ def test_a_bert_layer_in_training():
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     layer = BertLayer(BertConfig(**sizes, attn_implementation="sdpa")).train().requires_grad_(False)
-    made = [generated(lambda x: layer(x)[0], torch.randn(batch, 9, 32)) for batch in (1, 2, 7)]
+    made = [generated(layer, torch.randn(batch, 9, 32)) for batch in (1, 2, 7)]
     assert len({one.fingerprint for one in made}) == 1
     assert sum(entry.form.startswith("Drawn(") for entry in made[0].verdicts) == 3

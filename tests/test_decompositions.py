@@ -88,6 +88,8 @@ OPS = {
     "glu": (F.glu, [floats("n", 8)]),
     "dropout": (F.dropout, [floats("n", 8)]),
     "bernoulli": (torch.bernoulli, [constant("n", 8)]),
+    "bernoulli of one probability": (lambda x: torch.bernoulli(x, 0.3), [constant("n", 8)]),
+    "dropout, mapped": (torch.vmap(lambda x: F.dropout(x, 0.3), randomness="different"), [floats("n", 8)]),
     "randn_like": (torch.randn_like, [constant("n", 8)]),
     "gumbel_softmax": (F.gumbel_softmax, [floats("n", 8)]),
     "var": (lambda x: x.var(-1), [floats("n", 8)]),

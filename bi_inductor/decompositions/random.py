@@ -122,6 +122,11 @@ def _normal_of_size(
     return torch.randn(size, dtype=dtype, device=device) * std + mean
 
 
+def _bernoulli(self: Tensor, p: float, *, generator: Any = None) -> Tensor:
+    """1 where a number in [0, 1) is below ``p``; what dropout under vmap becomes."""
+    return (torch.rand(self.shape, dtype=torch.float32, device=self.device) < p).to(self.dtype)
+
+
 def _multinomial(
     self: Tensor, num_samples: Any, replacement: bool = False, *, generator: Any = None
 ) -> Tensor:
@@ -157,6 +162,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.normal.Tensor_Tensor: _normal,
     aten.normal.float_Tensor: _normal,
     aten.normal.float_float: _normal_of_size,
+    aten.bernoulli.p: _bernoulli,
     aten.multinomial.default: _multinomial,
     aten.randperm.default: _randperm,
 }

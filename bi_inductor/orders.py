@@ -40,7 +40,8 @@ def reveal_order(
     ``fn`` takes a tensor [n] of ``dtype`` (float64, float32, bfloat16 or float16) on ``device`` and returns a tensor
     of one element, of any float dtype. With ``probes_per_call=p`` it takes [p, n] and returns p elements, each the
     sum of one row; all rows must be added in one order, so leave it at 1 where that is the question.
-    ``row_sum``, ``column_sum``, ``matmul_element``, ``dot_product`` and ``attention_row`` make such an ``fn``.
+    ``row_sum``, ``column_sum``, ``matmul_element``, ``dot_product`` and ``attention_row`` make such an ``fn``, for one
+    probe per call.
 
     For the answer to mean anything ``fn`` must be
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import re
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from triton_lowering import kernel_sources, lower
 
-from bi_inductor import oracle
+from bi_inductor import inspect, oracle
 from bi_inductor.interpreter import run_module
 from bi_inductor.offline import CompiledKernel, compile_offline
 from bi_inductor.templates import triton_matmul
@@ -135,6 +136,28 @@ def test_batch_sizes_change_the_schedule_and_nothing_else():
     assert all(_numerics(source) == _numerics(sources[1]) for source in sources.values())
     tiles = {tuple(re.findall(r"BLOCK_. : tl.constexpr = \d+", source)) for source in sources.values()}
     assert len(tiles) >= 4
+
+
+@pytest.mark.parametrize("rows", ["static", "dynamic"])
+def test_a_second_store_reads_by_indices_of_its_own(rows):
+    """A tile with extra columns stores twice; behind both is an epilogue whose operand is laid out otherwise."""
+    x, weight, side = randn(4, 160, 512), randn(640, 512), randn(4, 161, 640)[:, :160]
+
+    def fn(x, weight, side):
+        return (x.flatten(0, 1) @ weight.t()).unflatten(0, side.shape[:2]) * side
+
+    tile = next(
+        tile
+        for tile in candidates("bfloat16", 90, tf32=False, aligned=True, tma=False, wide=True)
+        if tile.extra_n
+    )
+    with mock.patch.object(triton_matmul, "tile_for", lambda *args, **kwargs: tile):
+        graph = inspect(fn, x, weight, side, target="sm_90", dynamic=rows == "dynamic")
+    assert compile_offline(graph, "sm_90", every_config=True)
+    (source,) = [source for source in graph.kernels.values() if "extra_acc" in source]
+    first, second = source.split("acc = extra_acc")
+    found = [set(re.findall(r"(?m)^ +(x\d+) = ", text)) for text in (first, second)]
+    assert found[0] == found[1] != set()
 
 
 def test_dynamic_batch_passes_its_size_at_run_time():

@@ -6,7 +6,8 @@ contraction of products and sums; there is one choice, so nothing is measured an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -33,6 +34,14 @@ class TemplateKernel(TritonTemplateKernel):
         return (
             imports + triton_draws.IMPORT + "from bi_inductor.runtime import checked as triton_heuristics\n"
         )
+
+    @contextlib.contextmanager
+    def set_subgraph_body(self, body_name: str) -> Iterator[None]:
+        """Each store of a tile defines the indices its epilogue reads by; stock defines them in the first alone."""
+        with super().set_subgraph_body(body_name):
+            for entry in self.range_tree_nodes.values():
+                entry.cache_clear()
+            yield
 
     @property
     def index_dtype(self) -> str:

@@ -207,6 +207,11 @@ CORRUPTIONS = {
     "the state of another row": ("decode", r"SUMS, row, ROWS", "SUMS, 0, ROWS"),
     "sums unfinished": ("prefill", r"attention\.finish\(m, sums, acc\)", "(acc, sums)"),
     "causal by name only": ("prefill", r"CAUSAL : tl.constexpr = True", "CAUSAL : tl.constexpr = False"),
+    "keys at an address that was loaded": (
+        "decode",
+        r"k_base = K \+ idx_b \* \(",
+        "k_base = K + idx_b * (triton_helpers.div_floor_integer(tl.load(V), 4) + ",
+    ),
     "another function": ("decode", r"attention\.one_chunk\(", "attention.all_chunks("),
 }
 

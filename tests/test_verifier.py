@@ -548,6 +548,13 @@ SPREAD = {
         (BF(4, 10, 32), BF(4, 10, 24), ENDS),
         {"dynamic": True},
     ),
+    "attention over patches": (
+        lambda x, w, q: F.scaled_dot_product_attention(
+            q, *[F.conv2d(x, w, stride=4, padding=1).flatten(2).mT[:, None]] * 2
+        ),
+        (R(2, 3, 25, 25), R(16, 3, 4, 4), R(2, 1, 5, 16)),
+        {"dynamic": True},
+    ),
     "half sums": (lambda x: (x.sum(-1), x.mean(0), x.softmax(-1)), (R(40, 3000).half(),), {}),
     "counts cut in chunks": (lambda x: (x > 0).sum(-1), (R(3, 40000),), {}),
     "cut in chunks": (lambda x: (x.var(-1), x.logsumexp(-1)), (R(4, 40000),), {}),

@@ -6,6 +6,7 @@ form, which are compared with the certificate's.
 
 from __future__ import annotations
 
+import ast
 import re
 
 from .lengths import Forms, Names, Values, is_constant
@@ -65,6 +66,27 @@ _BOUND = {
 }
 
 
+#: Functions of Inductor's that sizes are made with, beside operators, and what their arguments may be made of.
+_QUOTIENTS = ("triton_helpers.div_floor_integer", "triton_helpers.remainder_integer")
+_ARITHMETIC = (
+    ast.Name,
+    ast.Constant,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.operator,
+    ast.unaryop,
+    ast.Attribute,
+    ast.Load,
+)
+
+
+def _is_quotient(call: ast.AST) -> bool:
+    return isinstance(call, ast.Call) and all(
+        isinstance(part, _ARITHMETIC) or (isinstance(part, ast.Call) and dotted(part.func) in _QUOTIENTS)
+        for part in ast.walk(call)
+    )
+
+
 def _pattern(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text).replace(r"\#", _SIZE) for text in texts))
 
@@ -94,7 +116,7 @@ class AttentionProgram:
                 if (
                     name in _PATTERNS
                     and value is not None
-                    and not _PATTERNS[name].fullmatch(kernel.text(value))
+                    and not _PATTERNS[name].fullmatch(self._plain(value))
                 ):
                     kernel.note("attention", statement)
         if kernel.loops:
@@ -104,6 +126,13 @@ class AttentionProgram:
             kernel.note("attention", kernel.assignments["end"], f"CAUSAL = {causal}")
         if kernel.text_of("full") and ("first_position" in kernel.text_of("full")) != causal:
             kernel.note("attention", kernel.assignments["full"], f"CAUSAL = {causal}")
+
+    def _plain(self, value: ast.expr) -> str:
+        """The text of ``value`` with a name for each quotient of sizes that is written as a call."""
+        text = self.kernel.text(value)
+        for call in filter(_is_quotient, ast.walk(value)):  # outer ones first
+            text = text.replace(self.kernel.text(call), "size")
+        return text
 
     def check_lengths(self, forms: Forms, arguments: Names) -> None:
         """Tile, chunks and precision are those of a form of the certificate."""

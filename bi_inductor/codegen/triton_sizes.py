@@ -4,7 +4,9 @@ constant.
 In a static graph Python computes ``1 / x.shape[-1]``, in fp64, and the kernel rounds the result to the dtype of what it
 meets. Stock Inductor computes it in a dynamic graph with Triton's fp32 division, which is not even rounded to nearest.
 Here the operations that IEEE 754 rounds correctly (quotients and square roots) are done in fp64 too, so both graphs
-meet the same number; those that no two libraries round alike (sines, other powers) are refused.
+meet the same number; those that no two libraries round alike (sines, other powers) are refused where a size reaches a
+kernel as an expression. (Most do not: AOTAutograd makes ops on fp64 scalars of them, see "What cannot be promised" in
+docs/contract.md.)
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from ..errors import BatchInvarianceError
 
 #: What makes an integer, a literal or not, an fp64 number.
 FP64_ONE = "tl.full([], 1.0, tl.float64)"
-#: Results of these are integers, whose arithmetic is exact.
+#: Functions that are refused, by the names that sympy expressions of torch have for them.
 _REFUSED = "cos cosh acos sin sinh asin tan tanh atan log2".split()
 
 

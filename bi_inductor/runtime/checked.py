@@ -1,7 +1,7 @@
 """Kernels with dots, which are read after they are compiled: a compiler pass must not have moved an addition.
 
 The source of a kernel is verified when it is emitted (``verifier``). Triton's passes then rewrite it, and for products
-they do not promise to keep the order of additions; ``ttgir`` says what is looked for. It costs 1 to 3 ms per kernel.
+they do not promise to keep the order of additions; ``ttgir`` says what is looked for. It takes milliseconds per kernel.
 Emitted templates import this module in the place of ``triton_heuristics``, whose other names it passes on.
 """
 

@@ -26,7 +26,7 @@ CASES = {
     "plain": lambda q: {},
     "causal": lambda q: {"is_causal": True, "scale": 0.3},
     "bool mask": lambda q: {"attn_mask": VISIBLE.to(q.device)},
-    "float mask": lambda q: {"attn_mask": BIAS.to(q)},
+    "float mask": lambda q: {"attn_mask": BIAS[None].to(q)},
 }
 
 

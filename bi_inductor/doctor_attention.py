@@ -1,8 +1,8 @@
 """Do all schedules of attention give the same bits, on the GPU at hand, whatever mask says that keys are visible?
 
 One graph holds the op once for every schedule that may be chosen, and for each of them without a mask, with one of
-bools, with one of floats, and causal, these three with further keys that are hidden. Results and logsumexps of the row
-that sees the same keys in all of them are compared bit for bit.
+bools, with one of floats where that is the same function, and causal; these three with further keys that are hidden.
+Results and logsumexps of the row that sees the same keys in all of them are compared bit for bit.
 
 A 16-bit result hides in which of two ways the fp32 sum behind it was rounded, but for one element in 2**16: enough that
 two orders of adding pass for one. So the values of a row's last two keys are such that its sum ends near 0; what is
@@ -39,8 +39,8 @@ _KERNEL = re.compile(r"attention\.(?:one_chunk|all_chunks)\(")
 class Kind:
     """One kind of attention. ``depths``: numbers of keys, to the middle of a tile, and past a chunk.
 
-    ``width``: head dim, a power of 4, so that its scale is a power of two: masks of floats are added to scaled scores,
-    which rounds once more with any other scale.
+    ``width``: head dim. Masks of floats are added to scaled scores, which rounds once more unless the scale is a power
+    of two: they are left out of kinds whose width is no power of 4.
     """
 
     name: str
@@ -57,7 +57,12 @@ class Kind:
 
     @property
     def scale(self) -> float:
-        return self.width**-0.5
+        """As ``scaled_dot_product_attention`` has it: to the last bit, since kernels are compared by it."""
+        return 1.0 / math.sqrt(self.width)
+
+    @property
+    def float_masks(self) -> bool:
+        return math.frexp(self.scale)[0] == 0.5
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
@@ -67,6 +72,7 @@ class Kind:
 
 KINDS = (
     Kind("attention-bfloat16", torch.bfloat16, 64),
+    Kind("attention-bfloat16-128", torch.bfloat16, 128),
     Kind("attention-bfloat16-wide", torch.bfloat16, 256),
     Kind("attention-float16", torch.float16, 64),
     Kind("attention-tf32", torch.float32, 64, tf32=True),
@@ -108,7 +114,7 @@ def examine(
     ``execute(graph, *inputs)``: how a graph is run, by default compiled for the GPU. Returns one result.
     """
     schedules = kind.schedules if schedules is None else schedules
-    cases = [_masked(*operands(kind, depth, device)) for depth in kind.depths]
+    cases = [_masked(kind, *operands(kind, depth, device)) for depth in kind.depths]
     runs = tuple(_run(kind, schedule, case) for schedule in schedules for case in cases[0])
     # Copies, so that no two ops of the graph are the same expression.
     inputs = [[_copied(case) for _ in schedules for case in row] for row in cases]
@@ -141,7 +147,10 @@ def _copied(case: Case) -> tuple[Any, ...]:
 
 def _graph(inputs: list[list[tuple[Any, ...]]]) -> list[list[tuple[Tensor, Tensor]]]:
     return [
-        [attention_op.attention(q, k, v, mask, causal, q.shape[-1] ** -0.5) for q, k, v, mask, causal in row]
+        [
+            attention_op.attention(q, k, v, mask, causal, 1.0 / math.sqrt(q.shape[-1]))
+            for q, k, v, mask, causal in row
+        ]
         for row in inputs
     ]
 
@@ -151,7 +160,7 @@ def _digest(result: tuple[Tensor, Tensor]) -> str:
     return doctor.digest(output[:, :, -1]) + doctor.digest(logsumexp[:, :, -1])
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor) -> list[Case]:
+def _masked(kind: Kind, query: Tensor, key: Tensor, value: Tensor) -> list[Case]:
     """The same attention without a mask, with each kind of mask before further keys, and as the last causal row."""
     size = (*query.shape[:-1], key.shape[2] + _HIDDEN)
     visible = (torch.arange(size[-1], device=query.device) < key.shape[2]).expand(size)
@@ -162,7 +171,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor) -> list[Case]:
     return [
         Case(query, key, value, None, False),
         Case(query, longer_key, longer_value, visible, False),
-        Case(query, longer_key, longer_value, added, False),
+        *([Case(query, longer_key, longer_value, added, False)] if kind.float_masks else []),
         Case(last, longer_key, longer_value, None, True),
     ]
 
@@ -176,7 +185,7 @@ def operands(kind: Kind, keys: int, device: str) -> tuple[Tensor, Tensor, Tensor
         return torch.randn(size, generator=generator, dtype=torch.float64).to(kind.dtype).double()
 
     query, key, value = random(1), random(keys), random(keys)
-    factor = kind.width**-0.5 * attention_op.LOG2_E
+    factor = kind.scale * attention_op.LOG2_E
     unit = query / (query.square().sum(-1, keepdim=True) * factor)  # what adds 1 to the score of a key
     key[:, :, -2:] = unit * _LAST_SCORE
     total = torch.exp2(query @ key.transpose(2, 3) * factor).sum(-1, keepdim=True)

@@ -23,6 +23,10 @@ class BatchInvarianceError(ShortenTraceback):
         message = f"batchinv refuses {op}{where}\n  reason: {reason}\n  remedy: {remedy}"
         super().__init__(message, first_useful_frame=None)
 
+    def __reduce__(self) -> tuple[type[BatchInvarianceError], tuple[str | None, ...]]:
+        """An error of a worker process reaches its parent with all of its parts."""
+        return type(self), (self.op, self.reason, self.remedy, self.source)
+
 
 class OptionError(ShortenTraceback, ValueError):
     """An entry of ``torch.compile(options=...)`` or ``mode=`` is unknown or would break the contract."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from .certificate import Certificate, Entry, Environment, Level
 from .inspection import kernel_definitions
-from .measurement_attention import AttentionRun, measured_runs, run_of
+from .measurement_attention import AttentionRun, measured_runs, operand_types, run_of
 
 #: Of the JSON object that ``doctor --json`` prints; it changes when a field changes its meaning.
 DOCTOR_SCHEMA = 1
@@ -158,13 +158,13 @@ def with_measurement(made: Certificate, source: str, measurement: Measurement) -
 
 def _kinds_of(entry: Entry, kernel: str) -> tuple[str, ...]:
     form = re.match(r"(\w+)\(([\w/]+)", entry.form)
-    operand = re.search(r"'arg_A': '\*(\w+)'", kernel)
-    if form is None or operand is None:
+    types = operand_types(kernel)
+    if form is None or "A" not in types:
         return ()
-    if "'arg_ENDS': " in kernel:  # where the groups of a grouped product end
-        return ("bfloat16-grouped",) if operand[1] == "bf16" else ()
+    if "ENDS" in types:  # where the groups of a grouped product end
+        return ("bfloat16-grouped",) if types["A"] == "bf16" else ()
     accumulator = "fp8" if form[2].startswith("fp8_") else form[2]
-    return _KINDS.get((form[1], accumulator, operand[1]), ())
+    return _KINDS.get((form[1], accumulator, types["A"]), ())
 
 
 def tiles_of(kernel: str) -> set[Tile]:

@@ -19,7 +19,9 @@ from . import contract
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "i1": "bool", "u1": "bool"}
 _CONSTANT = re.compile(r"^ +(\w+) ?: tl\.constexpr = (.+)$", re.MULTILINE)
 _LAUNCH = re.compile(r"^(num_\w+)=(\d+)", re.MULTILINE)
-_ARGUMENT = re.compile(r"'arg_(\w+)': '\*(\w+)'")
+_ARGUMENT = re.compile(r"'(arg_\w+)': '\*(\w+)'")
+#: Operands of a template are places in its arguments; several can be in one, as in a projection to q, k and v.
+_OPERAND = re.compile(r"^ +(\w+) = (arg_\w+)(?: \+ .+)?$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def run_of(kernels: Sequence[str], form: str) -> AttentionRun | None:
 
 def _run(text: str, split: bool) -> AttentionRun | None:
     values = _constants(text)
-    types = {name: _DTYPES.get(element, element) for name, element in _ARGUMENT.findall(text)}
+    types = {name: _DTYPES.get(element, element) for name, element in operand_types(text).items()}
     try:
         operands = {types[name] for name in "QKV"}
         widths = {values[name] for name in ("D", "BLOCK_D", "DV", "BLOCK_DV")}
@@ -101,6 +103,12 @@ def _run(text: str, split: bool) -> AttentionRun | None:
         )
     except (KeyError, ValueError):
         return None
+
+
+def operand_types(text: str) -> dict[str, str]:
+    """The operands of a template's kernel by name, with the element types of the kernel's signature."""
+    elements = dict(_ARGUMENT.findall(text))
+    return {name: elements[argument] for name, argument in _OPERAND.findall(text) if argument in elements}
 
 
 def _joins(text: str, run: AttentionRun) -> bool:

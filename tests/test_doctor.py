@@ -1,12 +1,13 @@
 """The doctor finds tiles that disagree; and no selectable tile is of another family than its dtype is pinned to."""
 
 import json
+import os
 
 import pytest
 import torch
 from test_scaled_matmul import families
 
-from bi_inductor import cli, doctor, inspect, verifier
+from bi_inductor import BatchInvarianceError, cli, doctor, inspect, verifier
 from bi_inductor.commands import doctor as command
 from bi_inductor.inspection import kernel_definitions
 from bi_inductor.interpreter import run_in_interpreter
@@ -68,6 +69,32 @@ def test_the_report():
     head, *rows = command.table(results).splitlines()
     assert head.split()[:2] == ["kind", "instructions"]
     assert [row.split()[-1] for row in rows] == ["DIFFER", "ok", "ok"]
+
+
+def length(name):
+    """In the place of an examination; runs in a process of its own."""
+    if name == "refused":
+        raise BatchInvarianceError("aten::op", "of a reason", "a remedy", "model.py:3")
+    return [os.getpid(), len(name), torch._inductor.config.compile_threads]
+
+
+def test_kinds_side_by_side_give_what_they_give_one_after_the_other(capsys):
+    names = ["a", "bcd", "ef"]
+    own, first, second = (
+        command.examine_all(names, length),
+        *(command.examine_all(names, length, workers=n) for n in (2, 3)),
+    )
+    assert own[1::3] == first[1::3] == second[1::3] == [1, 3, 2]
+    assert set(own[::3]) == {os.getpid()} and not {os.getpid()} & {*first[::3], *second[::3]}
+    assert first[2::3] == [1, 1, 1] and len(set(second[::3])) > 1
+    assert capsys.readouterr().err.count("done, 3 of 3 ...") == 2
+    assert "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
+
+
+def test_an_error_of_a_worker_keeps_its_parts():
+    with pytest.raises(BatchInvarianceError) as caught:
+        command.examine_all(["a", "refused"], length, workers=2)
+    assert (caught.value.reason, caught.value.source) == ("of a reason", "model.py:3")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

@@ -67,6 +67,11 @@ def test_a_measured_product_is_raised_and_nothing_else():
     assert "measured on NVIDIA H100 80GB HBM3, driver 570.86.15" in str(made) and not made.measured.unused
 
 
+def test_a_product_of_a_tensor_with_itself_is_raised():
+    found, _ = levels(lambda x: x @ x.t(), A, text=written())
+    assert found == {"Chain": Level.MEASURED.value}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -233,19 +238,26 @@ def generated(name):
     return graph
 
 
+def attend_itself(x):
+    """Queries, keys and values in one tensor, as one projection leaves them: three operands, one argument."""
+    return attend(*x.unflatten(-1, (3, 8, 64)).permute(2, 0, 3, 1, 4), causal=True)
+
+
 VISIBLE = torch.ones(1, 600, dtype=torch.bool)
 MEASURED = {
     "decoding": (attend, *heads(1, 600)),
     "prefill": (lambda *x: attend(*x, causal=True), *heads(600, 600)),
     "prefill of few keys": (lambda *x: attend(*x, causal=True), *heads(100, 100)),
+    "one projection": (attend_itself, torch.randn(2, 100, 3 * 8 * 64).bfloat16()),
     "bools": (attend, *heads(1, 600), VISIBLE),
     "floats": (attend, *heads(1, 600), VISIBLE.bfloat16()),
     "wide heads": (attend, *heads(1, 600, width=256)),
+    "head dim 128": (attend, *heads(1, 600, width=128), VISIBLE),
     "fp16": (attend, *heads(64, 64, dtype=torch.float16)),
     "fp32": (attend, *heads(64, 64, dtype=torch.float32)),
 }
 UNKNOWN_TO_DOCTORS = {
-    "head dim 128": (attend, *heads(1, 600, width=128)),
+    "floats with a scale that rounds": (attend, *heads(1, 600, width=128), VISIBLE.bfloat16()),
     "head dim 63": (attend, *heads(1, 600, width=63)),
     "values of another width": (attend, *heads(1, 600)[:2], torch.randn(2, 2, 600, 128).bfloat16()),
     "wider floats": (attend, *heads(1, 600), VISIBLE.float()),
@@ -321,7 +333,7 @@ def test_the_doctor_writes_the_kernels_it_compiled(kind, few_rows):
         run_of([graph.kernels[k.name] for k in graph.certificate.kernels if entry.name in k.ops], entry.form)
         for entry in ops
     ]
-    assert read == [*result.runs] and len(read) == 8
+    assert read == [*result.runs] and len(read) == 6 + 2 * kind.float_masks
 
 
 def test_a_kernel_of_several_layers_speaks_for_each(few_rows):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
 from bi_inductor.commands.reporting import CommandError, progress, quiet_torch
@@ -14,6 +19,9 @@ from bi_inductor.commands.reporting import CommandError, progress, quiet_torch
 if TYPE_CHECKING:
     from bi_inductor import doctor, doctor_attention
     from bi_inductor.doctor import Result
+
+#: Processes that examine kinds side by side: each has a context on the GPU, of some hundred MiB.
+_MOST_WORKERS = 8
 
 SUMMARY = "Check on this GPU that every tile of a matrix product, and every schedule of attention, gives the same bits."
 EXAMPLE = """examples:
@@ -30,22 +38,14 @@ def run(options: argparse.Namespace) -> int:
     """Measure and print a table; 1 if the tiles of one kind disagree."""
     import torch
 
-    from bi_inductor import doctor, doctor_attention
     from bi_inductor.virtual import require_triton
 
     require_triton()
     if not torch.cuda.is_available():
         raise CommandError("doctor runs kernels, and there is no GPU here; inspect needs none")
     began = time.perf_counter()
-    results: list[Result] = []
-    for kind in _chosen(options.kinds):
-        progress(f"{kind.name}: {', '.join(map(str, kind.depths))} terms")
-        with quiet_torch(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if isinstance(kind, doctor_attention.Kind):
-                results += doctor_attention.examine(kind)
-            else:
-                results += doctor.examine(kind)
+    names = _chosen(options.kinds)
+    results = examine_all(names, _examine, workers=min(len(names), _MOST_WORKERS, (os.cpu_count() or 2) // 2))
     if options.json:
         print(json.dumps(_as_json(results), indent=2))
     else:
@@ -54,20 +54,85 @@ def run(options: argparse.Namespace) -> int:
     return 0 if agree(results) else 1
 
 
-def _chosen(names: str | None) -> list[doctor.Kind | doctor_attention.Kind]:
+def examine_all(names: list[str], examine: Callable[[str], list[Result]], workers: int = 1) -> list[Result]:
+    """The results of ``examine`` for ``names``, in their order, from ``workers`` processes that do one at a time.
+
+    What takes the time is compiling, which fills one core. An error of one ends all.
+    """
+    if workers < 2:
+        return [result for name in names for result in _announced(name, examine)]
+    with _compiling_in_one_thread(), _processes(workers) as pool:
+        progress(f"{len(names)} kinds, {workers} at a time")
+        started = {pool.submit(examine, name): name for name in reversed(names)}  # attention takes longest
+        for number, future in enumerate(as_completed(started), 1):
+            future.result()
+            progress(f"{started[future]}: done, {number} of {len(names)}")
+        by_name = {name: future.result() for future, name in started.items()}
+    return [result for name in names for result in by_name[name]]
+
+
+def _announced(name: str, examine: Callable[[str], list[Result]]) -> list[Result]:
+    progress(name)
+    return examine(name)
+
+
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """New ones, since CUDA does not survive a fork; after an error those that wait are not begun."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _compiling_in_one_thread() -> Iterator[None]:
+    """Inductor's setting in processes that start now: each would start a pool of compilers of its own."""
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _examine(name: str) -> list[Result]:
+    """The kind called ``name``, on this GPU."""
+    from bi_inductor import doctor, doctor_attention
+
+    kind = _kinds()[name]
+    with quiet_torch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if isinstance(kind, doctor_attention.Kind):
+            return [*doctor_attention.examine(kind)]
+        return doctor.examine(kind)
+
+
+def _kinds() -> dict[str, doctor.Kind | doctor_attention.Kind]:
+    """All that this GPU has, by name."""
     import torch
 
     from bi_inductor import doctor, doctor_attention
 
     major, minor = torch.cuda.get_device_capability()
-    products = [kind for kind in doctor.KINDS if doctor.is_supported(kind, 10 * major + minor)]
-    kinds: list[doctor.Kind | doctor_attention.Kind] = [*products, *doctor_attention.KINDS]
-    possible = {kind.name: kind for kind in kinds}
-    wanted = names.split(",") if names else [*possible]
+    kinds: list[doctor.Kind | doctor_attention.Kind] = []
+    kinds += [kind for kind in doctor.KINDS if doctor.is_supported(kind, 10 * major + minor)]
+    kinds += doctor_attention.KINDS
+    return {kind.name: kind for kind in kinds}
+
+
+def _chosen(names: str | None) -> list[str]:
+    possible = _kinds()
+    wanted = [*dict.fromkeys(names.split(","))] if names else [*possible]
     unknown = [name for name in wanted if name not in possible]
     if unknown:
         raise CommandError(f"--kinds takes names out of {', '.join(possible)}, not {unknown[0]!r}")
-    return [possible[name] for name in wanted]
+    return wanted
 
 
 def agree(results: list[Result]) -> bool:

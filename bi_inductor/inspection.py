@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
 
-from bi_inductor import certificate
+from bi_inductor import certificate, numerics
 from bi_inductor.certificate import Certificate, Entry
 from bi_inductor.dry_run import DryRun
 from bi_inductor.errors import NotCompiledError
@@ -99,8 +98,7 @@ class Inspection:
     @property
     def fingerprint(self) -> str:
         """Digest of the numerics: equal for every batch size, different when any op or form differs."""
-        joined = "\n".join(made.fingerprint for made in self.certificates)
-        return hashlib.sha256(joined.encode()).hexdigest()
+        return numerics.joint_fingerprint(self.certificates)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values."""

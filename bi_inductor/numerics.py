@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -78,12 +79,17 @@ class _Step:
     reads: _Reads
 
 
-def _digests(certificate: Certificate, *, with_lengths: bool = True) -> tuple[dict[str, str], list[_Step]]:
+def _digests(
+    certificate: Certificate, *, with_lengths: bool = True, saved: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], list[_Step]]:
     """(name of a tensor -> digest of it and of everything behind it, the ops that compute in the graph's order).
 
-    Without lengths a form is its kind and accumulator alone.
+    Without lengths a form is its kind and accumulator alone. ``saved``: digests of the forward graph's tensors, for a
+    backward, whose other inputs are gradients and have their names.
     """
     digests = {tensor: f"input {number}" for number, tensor in enumerate(certificate.inputs)}
+    if saved is not None:
+        digests = {tensor: saved.get(tensor, f"input {tensor}") for tensor in certificate.inputs}
     shown = dict(digests)
     steps = []
     for entry in certificate.entries:
@@ -116,9 +122,22 @@ def _sha(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def fingerprint(certificate: Certificate) -> str:
-    """sha256 of what the graph returns and writes, and of everything behind it."""
-    known = _digests(certificate)[0]
+def joint_fingerprint(certificates: Sequence[Certificate]) -> str:
+    """sha256 of all graphs, each backward read as going on from the forward before it.
+
+    Which tensors a forward saves and which of them its backward computes again may follow the batch size.
+    """
+    found, forward = [], dict[str, str]()
+    for certificate in certificates:
+        found.append(fingerprint(certificate, forward if certificate.is_backward else None))
+        if not certificate.is_backward:
+            forward = _digests(certificate)[0]
+    return _sha(found)
+
+
+def fingerprint(certificate: Certificate, saved: Mapping[str, str] | None = None) -> str:
+    """sha256 of what the graph returns and writes, and of everything behind it; ``saved``: as for ``_digests``."""
+    known = _digests(certificate, saved=saved)[0]
     returned = [known.get(name, name) for name in certificate.outputs]
     written = sorted(known.get(entry.inputs[-1], "") for entry in _writes(certificate))
     return _sha((certificate.target, returned, written))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from inspected import HIDDEN, REDUCTIONS, WIDTH, Block
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
@@ -70,6 +71,26 @@ def test_static_dynamic_and_training_agree():
     assert [graph.is_backward for graph in training.graphs] == [False, True]
     assert training.certificates[0].fingerprint == static.certificates[0].fingerprint
     assert not FORBIDDEN.findall(training.source)
+
+
+def test_what_a_forward_saves_is_not_in_the_fingerprint():
+    """At batch 1 the transposed weight is saved, at others it is transposed again in the backward."""
+    weight = torch.randn(1, 5)
+
+    def product(x):
+        return weight.to(x.device) @ F.pad(x, (1, 2)), x.exp()
+
+    made = [
+        inspect(product, torch.randn(batch, 5, 33).requires_grad_(), backward=True) for batch in (1, 2, 131)
+    ]
+    saved = {one.certificates[1].inputs for one in made}
+    assert len(saved) > 1 and len({one.fingerprint for one in made}) == 1
+
+    def other(x):
+        return weight.to(x.device) @ F.pad(x, (1, 2)), x.cos()
+
+    x = torch.randn(2, 5, 33).requires_grad_()
+    assert inspect(other, x, backward=True).fingerprint != made[1].fingerprint
 
 
 CHANGES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
+import dataclasses
 import itertools
 import random
 import re
@@ -12,7 +12,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -21,12 +20,14 @@ from hypothesis.errors import NonInteractiveExampleWarning
 import bi_inductor
 from bi_inductor import BatchInvarianceError
 
-from .comparison import HISTORIES, WHOLE, Case, Tally, compare
+from .comparison import HISTORIES, SIZES, WHOLE, Case, Tally, compare
 from .program import Program, bundled
+from .records import Counts, append, seeds
 from .shrinking import shrunk
 from .strategies import programs
 
-_BATCHES = (WHOLE, 1, 2, 8)
+#: Graphs of one seed: a line of the CSV, minutes of a machine.
+_GRAPHS_A_SEED = 48
 
 
 def drawn(number: int, start: int) -> Iterator[Program]:
@@ -63,17 +64,20 @@ def in_bundles(programs: Iterable[Program], size: int) -> Iterator[list[Program]
     yield from filter(None, waiting.values())
 
 
-class Counts(Counter[str]):
-    """graphs, rows, changed, violating, refused, failed; the same with ``stock`` in front."""
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """What a bundle goes through: sizes that the batch is cut into, and compile histories."""
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {self[name]}" for name in sorted(self))
+    pieces: tuple[int, ...]
+    histories: tuple[str, ...]
 
 
 class _Campaign:
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.counts = arguments, Counts(graphs=0, rows=0, changed=0, violating=0)
-        self.random = random.Random(arguments.seed)
+    """The graphs of one seed."""
+
+    def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
+        self.arguments, self.counts = arguments, Counts()
+        self.random = random.Random(seed)
         self.messages: Counter[str] = Counter()
 
     @property
@@ -82,9 +86,9 @@ class _Campaign:
 
     def bundle(self, group: Sequence[Program]) -> None:
         """Compare ``group``; one that is refused or fails is looked at graph by graph."""
-        histories = self.random.sample(sorted(HISTORIES), self.arguments.histories)
+        trial = self._trial(group)
         try:
-            tally = self._tally(group, histories)
+            tally = self._tally(group, trial)
         except Exception as error:
             self._without_the_culprit(error, group)
             return
@@ -96,9 +100,17 @@ class _Campaign:
             return
         self._count(tally, group, "")
         if tally.violations:
-            self._report(tally, group, histories)
+            self._report(tally, group, trial)
         if self.arguments.stock and self.runs:
-            self._count_stock(group, histories)
+            self._count_stock(group, trial)
+
+    def _trial(self, group: Sequence[Program]) -> _Trial:
+        """Sizes and histories for ``group``: few for scatters, where almost every size is a compile."""
+        pieces = min(self.arguments.pieces, 2) if group[0].scatters else self.arguments.pieces
+        return _Trial(
+            tuple(self.random.sample(SIZES, pieces)),
+            tuple(self.random.sample(sorted(HISTORIES), self.arguments.histories)),
+        )
 
     def _without_the_culprit(self, error: Exception, group: Sequence[Program]) -> None:
         """Go on without the graph a refusal names; after another error look at each half."""
@@ -113,12 +125,11 @@ class _Campaign:
             self.bundle(group[: len(group) // 2])
             self.bundle(group[len(group) // 2 :])
 
-    def _tally(self, group: Sequence[Program], histories: Sequence[str], backend: str = "batchinv") -> Tally:
+    def _tally(self, group: Sequence[Program], trial: _Trial, backend: str = "batchinv") -> Tally:
         if self.runs:
-            return compare(
-                Case(group, device=self.arguments.target), backend, histories, self.arguments.contents
-            )
-        return compare_generated(group, self.arguments.target)
+            case = Case(group, device=self.arguments.target)
+            return compare(case, backend, trial.histories, self.arguments.contents, trial.pieces)
+        return compare_generated(group, self.arguments.target, (WHOLE, 1, max(trial.pieces)))
 
     def _count(self, tally: Tally, group: Sequence[Program], prefix: str) -> None:
         self.counts[f"{prefix}graphs"] += len(group)
@@ -126,9 +137,9 @@ class _Campaign:
         self.counts[f"{prefix}changed"] += tally.changed
         self.counts[f"{prefix}violating"] += len(tally.violating_graphs)
 
-    def _count_stock(self, group: Sequence[Program], histories: Sequence[str]) -> None:
+    def _count_stock(self, group: Sequence[Program], trial: _Trial) -> None:
         try:
-            self._count(self._tally(group, histories, "inductor"), group, "stock ")
+            self._count(self._tally(group, trial, "inductor"), group, "stock ")
         except Exception as error:
             self.counts["stock failed"] += len(group)
             self.messages[f"stock: {_first_line(error)}"] += 1
@@ -141,7 +152,7 @@ class _Campaign:
             print(f"FAILED\n{program.source()}", *map(str, program.arguments), sep="\n")
             print("".join(traceback.format_exception(error)[-6:])[-3000:], flush=True)
 
-    def _report(self, tally: Tally, group: Sequence[Program], histories: Sequence[str]) -> None:
+    def _report(self, tally: Tally, group: Sequence[Program], trial: _Trial) -> None:
         for graph in tally.violating_graphs:
             found = [violation for violation in tally.violations if violation.graph == graph]
             print(
@@ -149,12 +160,12 @@ class _Campaign:
             )
             if self.arguments.shrink > 0 and self.runs:
                 self.arguments.shrink -= 1
-                smallest = shrunk(group[graph], lambda p: bool(self._tally([p], histories).violations))
+                smallest = shrunk(group[graph], lambda p: bool(self._tally([p], trial).violations))
                 print(f"SHRUNK\n{smallest.snippet(WHOLE, 0, found[0].comparison)}", flush=True)
 
 
 def compare_generated(
-    group: Sequence[Program], target: str, batches: Sequence[int] = _BATCHES, backward: bool = True
+    group: Sequence[Program], target: str, batches: Sequence[int], backward: bool = True
 ) -> Tally:
     """Fingerprints of one graph at several batch sizes; the verifier reads each as it is made."""
     tally, fingerprints = Tally(), {}
@@ -179,31 +190,39 @@ def _first_line(error: Exception) -> str:
 
 
 def campaign(arguments: argparse.Namespace) -> int:
-    """Run it, print the counts, write the CSV; 1 if anything was violated or failed."""
+    """Run it seed by seed, print the counts, append them to the CSV; 1 if anything was violated or failed."""
     torch.set_num_threads(2)
-    running, start = _Campaign(arguments), time.monotonic()
-    for group in in_bundles(drawn(arguments.graphs, arguments.seed), arguments.bundle):
-        running.bundle(group)
-        minutes = (time.monotonic() - start) / 60
-        print(f"{minutes:.1f} min: {running.counts}", flush=True)
-        if arguments.minutes and minutes > arguments.minutes:
+    done = seeds(arguments.csv, arguments.target) if arguments.csv else set()
+    known: set[Program] = set()
+    total, messages, start = Counts(), Counter[str](), time.monotonic()
+    for number in itertools.count(arguments.seed):
+        if total["graphs"] >= arguments.graphs or _over(arguments, start):
             break
-    for message, times in running.messages.most_common(30):
+        fresh = [p for p in drawn(_GRAPHS_A_SEED, number) if p not in known]
+        known.update(fresh)
+        if number not in done:
+            running = _one_seed(arguments, number, fresh, start)
+            total += running.counts
+            messages += running.messages
+            print(f"{(time.monotonic() - start) / 60:.1f} min, seed {number}: {total}", flush=True)
+    for message, times in messages.most_common(30):
         print(f"{times:5} {message}")
+    return int(bool(total["violating"] or total["failed"]))
+
+
+def _over(arguments: argparse.Namespace, start: float) -> bool:
+    return arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes
+
+
+def _one_seed(
+    arguments: argparse.Namespace, number: int, graphs: Sequence[Program], start: float
+) -> _Campaign:
+    """All bundles of ``graphs``, and a line of the CSV."""
+    running, begun = _Campaign(arguments, number), time.monotonic()
+    for group in in_bundles(graphs, arguments.bundle):
+        if _over(arguments, start):
+            break
+        running.bundle(group)
     if arguments.csv:
-        _write(arguments, running.counts, time.monotonic() - start)
-    return int(bool(running.counts["violating"] or running.counts["failed"]))
-
-
-def _write(arguments: argparse.Namespace, counts: Counts, seconds: float) -> None:
-    """Append one line: target, seed, versions and counts."""
-    names = ("graphs", "rows", "changed", "violating", "refused", "failed")
-    names += tuple(f"stock {name}" for name in ("graphs", "rows", "changed", "violating", "failed"))
-    path, row = Path(arguments.csv), {"target": arguments.target, "seed": arguments.seed}
-    row |= {"torch": torch.__version__, **{name: counts[name] for name in names}, "seconds": round(seconds)}
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+        append(arguments.csv, arguments.target, number, running.counts, time.monotonic() - begun)
+    return running

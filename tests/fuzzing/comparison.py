@@ -22,7 +22,9 @@ from .program import Program, bundled
 
 #: Batch of the reference: no other dim of a graph has it, so no guard ties the batch to another size.
 WHOLE = 131
-PIECES = (1, 2, 3, 8, 31, 64)
+PIECES = (1, 2, 3, 7, 8, 31, 64)
+#: What a campaign draws from: the regime edges of loops, vectors and powers of two.
+SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 130)
 #: Contents of the neighbours, which no row may feel.
 HOSTILE = (float("nan"), float("inf"), -6e4, 0.0)
 _UNFUSED = {
@@ -199,29 +201,38 @@ class Case:
                 destination[graph, f"{name}.grad"] = gradient
 
 
-def compare(case: Case, backend: str = "batchinv", histories: Sequence[str] = (), contents: int = 1) -> Tally:
+def compare(
+    case: Case,
+    backend: str = "batchinv",
+    histories: Sequence[str] = (),
+    contents: int = 1,
+    pieces: Sequence[int] = PIECES,
+) -> Tally:
     """Everything that must be equal, compared. Compiles for any batch and for one row, and for each of ``histories``.
 
-    ``contents``: how often the tensors are drawn for the same compiled code, which costs little. Gradients that
-    scatter are compiled again where the batch crosses a power of two, with all that is in the bundle.
+    ``contents``: how often the tensors are drawn for the same compiled code, which costs little. ``pieces``: sizes
+    that the batch is cut into. Gradients that scatter are compiled again where a size crosses a power of two, with
+    all that is in the bundle.
     """
     tally = Tally()
     torch._dynamo.reset()
     run = torch.compile(case.function, backend=backend, **REFERENCE.options)
-    expected = _compare_batches(case, run, tally)
+    expected = _compare_batches(case, run, tally, pieces)
     for number in range(1, contents):
-        _compare_batches(case.redrawn(1000 * number), run, tally)
+        _compare_batches(case.redrawn(1000 * number), run, tally, pieces)
     for name in histories:
         _compare_history(case, backend, name, expected, tally)
     return tally
 
 
-def _compare_batches(case: Case, run: Callable[..., Sequence[Tensor]], tally: Tally) -> Results:
+def _compare_batches(
+    case: Case, run: Callable[..., Sequence[Tensor]], tally: Tally, pieces: Sequence[int]
+) -> Results:
     everything = torch.arange(WHOLE, device=case.device)
     expected = case.run(run, everything)
     tally.add("again", expected, case.run(run, everything))
-    for size in PIECES:
-        for index in everything.split(size):
+    for size in pieces:
+        for index in _cut(everything, size):
             tally.add(f"batch {size}", expected.at(index), _without_totals(case.run(run, index)))
     order = torch.randperm(WHOLE, generator=torch.Generator().manual_seed(0)).to(case.device)
     tally.add("permuted", expected.at(order), _without_totals(case.run(run, order)))
@@ -229,6 +240,12 @@ def _compare_batches(case: Case, run: Callable[..., Sequence[Tensor]], tally: Ta
         rows = case.replaced(contents).run(run, everything).at(everything[::2])
         tally.add(f"neighbours {contents}", expected.at(everything[::2]), rows)
     return expected
+
+
+def _cut(rows: Tensor, size: int) -> list[Tensor]:
+    """Pieces of ``size`` rows that cover all: the last overlaps the one before, so that no other size is compiled."""
+    starts = [*range(0, len(rows) - size, size), len(rows) - size]
+    return [rows[start : start + size] for start in starts]
 
 
 def _without_totals(results: Results) -> Results:

@@ -75,6 +75,7 @@ def compile_graph(
     from .decompositions import decompositions
     from .entries import dynamo_floats
     from .graph import refuse_or_warn
+    from .host_numbers import refusals
     from .passes.canonicalize import canonicalize
 
     unproven: list[BatchInvarianceError] = []
@@ -95,6 +96,8 @@ def compile_graph(
         scope.compiling(ours, unproven, patches=patches, floats=floats),
         sdpa_kernel(SDPBackend.MATH),
     ):
+        for error in refusals(gm):
+            refuse(error)
         canonical = canonicalize(gm, refuse)
         marked = mark_parameters(canonical) if ours.continue_gradients else Marked(canonical)
         compiled = compile_fx(

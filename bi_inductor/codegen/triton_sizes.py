@@ -5,8 +5,7 @@ In a static graph Python computes ``1 / x.shape[-1]``, in fp64, and the kernel r
 meets. Stock Inductor computes it in a dynamic graph with Triton's fp32 division, which is not even rounded to nearest.
 Here the operations that IEEE 754 rounds correctly (quotients and square roots) are done in fp64 too, so both graphs
 meet the same number; those that no two libraries round alike (sines, other powers) are refused where a size reaches a
-kernel as an expression. (Most do not: AOTAutograd makes ops on fp64 scalars of them, see "What cannot be promised" in
-docs/contract.md.)
+kernel as an expression: a second net, under ``host_numbers.py``, which refuses them with the user's line.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Attention, bf16, 32 query heads, beside SDPA's flash and cuDNN kernels in one run.
 
-    python benchmarks/attention.py --out benchmarks/results/attention.csv    # two minutes
+    python benchmarks/attention.py --out benchmarks/results/attention.csv    # some minutes
+    python benchmarks/attention.py --work training --groups 4 --rounds 10    # forward and backward alone, two minutes
 
-``flash`` and ``cudnn`` are batchinv's time over theirs: below 1 is faster. ``floor_us`` is the larger of the products
-over the tensor cores' rate and of one reading of q, k, v and one writing of the output over the memory's, both by the
-datasheet; ``of_floor`` is floor_us over batchinv's time.
+``flash`` and ``cudnn`` are batchinv's time over theirs: below 1 is faster. Training has ``flash_deterministic``, too:
+flash under ``torch.use_deterministic_algorithms``. ``floor_us`` is the larger of the products over the tensor cores'
+rate and of one reading of q, k, v and one writing of the output over the memory's, both by the datasheet;
+``of_floor`` is floor_us over batchinv's time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 HEADS = 32
 #: Dense bf16 multiply-adds of an H100 or H200 SXM, in operations per second.
 TENSOR_RATE = 989e12
+DETERMINISTIC = "flash_deterministic"
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -61,11 +64,12 @@ def decode_cases() -> Iterator[dict[str, object]]:
 
 
 def training_cases() -> Iterator[dict[str, object]]:
-    for head_dim, length in itertools.product((64, 128), (2048, 8192)):
-        yield {
-            "work": "training", "batch": 8192 // length, "group": 4, "head_dim": head_dim, "causal": True,
-            "queries": length, "keys": length,
-        }  # fmt: skip
+    for group, head_dim, is_causal in itertools.product((4, 1), (128, 64), (True, False)):
+        for length in (2048, 8192):
+            yield {
+                "work": "training", "batch": 8192 // length, "group": group, "head_dim": head_dim,
+                "causal": is_causal, "queries": length, "keys": length,
+            }  # fmt: skip
 
 
 CASES = {"prefill": prefill_cases, "decode": decode_cases, "training": training_cases}
@@ -107,7 +111,15 @@ def candidates(case: dict[str, object], compiled: Callable[..., Tensor]) -> dict
         with sdpa_kernel(backend):
             return step(attention)
 
-    return {"batchinv": partial(step, compiled), **{k: partial(stock, b) for k, b in BACKENDS.items()}}
+    def deterministic() -> object:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return stock(BACKENDS["flash"])
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    found = {"batchinv": partial(step, compiled), **{k: partial(stock, b) for k, b in BACKENDS.items()}}
+    return found | ({DETERMINISTIC: deterministic} if is_training else {})
 
 
 def measure(cases: Iterator[dict[str, object]], rounds: int) -> list[dict[str, object]]:
@@ -126,7 +138,7 @@ def measure(cases: Iterator[dict[str, object]], rounds: int) -> list[dict[str, o
             print(case, "failed:", repr(error)[-300:], flush=True)
             continue
         record = {**case, **{f"{name}_us": round(us, 2) for name, us in times.items()}}
-        record |= {name: round(times["batchinv"] / times[name], 3) for name in BACKENDS}
+        record |= {name: round(times["batchinv"] / us, 3) for name, us in times.items() if name != "batchinv"}
         record["floor_us"] = round(floor_us(case), 2)
         record["of_floor"] = round(floor_us(case) / times["batchinv"], 3)
         records.append(record)
@@ -135,8 +147,8 @@ def measure(cases: Iterator[dict[str, object]], rounds: int) -> list[dict[str, o
 
 
 def summarize(records: list[dict[str, object]]) -> None:
-    for work, name in itertools.product(CASES, BACKENDS):
-        prices = [record[name] for record in records if record["work"] == work]
+    for work, name in itertools.product(CASES, (*BACKENDS, DETERMINISTIC)):
+        prices = [record[name] for record in records if record["work"] == work and name in record]
         if prices:
             geomean = math.exp(statistics.fmean(map(math.log, prices)))
             print(f"{work} against {name}: geomean {geomean:.3f}, {min(prices):.3f} to {max(prices):.3f}")

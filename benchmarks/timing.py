@@ -74,11 +74,11 @@ def machine() -> dict[str, str]:
 
 
 def write_csv(path: str, rows: list[dict[str, object]], command: str) -> None:
-    """Rows as CSV under a comment line with the command that made them."""
+    """Rows as CSV under a comment line with the command that made them; a row may lack columns of others."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", newline="") as file:
         file.write(f"# {command}\n")
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -145,6 +145,7 @@ def _is_retraced(op: Entry, kernel: ExaminedKernel) -> bool:
     wanted |= {("chunks", length) for _, length, _, _ in forms.chunked}
     wanted |= {("group chain", ())} if forms.group_chains else set()
     wanted |= {("attention", ())} if forms.attentions else set()
+    wanted |= {("attention gradient", ())} if forms.attention_gradients else set()
     wanted |= {("chunks", length) for _, length, *_ in forms.chunked}
     wanted |= {("group chain", ()) for _ in forms.group_chains}
     return bool(wanted) and wanted <= kernel.retraced

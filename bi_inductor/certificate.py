@@ -69,7 +69,8 @@ class Kernel:
     """One generated kernel: the ops in it, their forms and source lines, and the freedom that its schedule used.
 
     ``language``: "triton" or "cpp". ``schedule``: what was chosen among schedules of one order. ``retraced``: what the
-    verifier found in the text to be in order: "sum", "prod" (a tree), "chain", "group chain" or "attention".
+    verifier found in the text to be in order: "sum", "prod" (a tree), "chain", "group chain", "attention" or
+    "attention gradient".
     """
 
     name: str

@@ -16,6 +16,7 @@ kernels that compute them under any schedule.
     GROUP  grouped products whose groups are stretches of K: a CHAIN over each group's own rows.
     CHUNKS fp8 products: a chain for each 128 of K, and their sums added left to right in fp32.
     ATTENTION  on a GPU: keys ascending in tiles and chunks that no size but the head dim's enters.
+    ATTENTION GRADIENT  on a GPU: chains over ascending keys and queries, of terms computed again.
     EXACT  max, min, any, all, arg*, integer sums: no order can change the result.
     DRAWN  random numbers: by seed and position.
 """
@@ -122,6 +123,15 @@ class Attention(Form):
     near_chunk: int
     near_keys: int
     far_chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionGradient(Form):
+    """Chains over keys (dq), and over the queries of a group's heads, head after head (dk, dv), all ascending.
+
+    Their terms, of which none is stored, are made of chains over the two head dims; see
+    ``runtime/attention_backward.py``.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 from torch.utils import _pytree as pytree
 
+from bi_inductor import traced
 from bi_inductor.capture import captured
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.fakes import FakeCall, fake_call
@@ -225,7 +226,7 @@ def _moved_before_inductor(device: str) -> Iterator[None]:
             example_inputs = pytree.tree_map_only(torch.Tensor, lambda x: _moved(x, device), example_inputs)
         return inner(gm, example_inputs, **kwargs)
 
-    with mock.patch.object(compile_fx, "compile_fx_inner", moved_inner):
+    with traced.moved_to(device), mock.patch.object(compile_fx, "compile_fx_inner", moved_inner):
         yield
 
 

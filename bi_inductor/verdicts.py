@@ -316,6 +316,20 @@ def _attention(node: Node) -> Ruling:
     return Ruling(Verdict.CANONICAL, form)
 
 
+@_special("attention_backward")
+def _attention_backward(node: Node) -> Ruling:
+    query, value = _value(node.args[1]), _value(node.args[3])
+    widths = int(query.shape[-1]), int(value.shape[-1])
+    form = contract.attention_form(
+        *widths, query.dtype, tf32=query.dtype == torch.float32 and _tf32_is_allowed()
+    )
+    if form is None or query.device.type != "cuda":
+        return _refusal(
+            f"the gradient of attention of {query.dtype} over heads of {widths} elements has no kernel"
+        )
+    return Ruling(Verdict.CANONICAL, contract.AttentionGradient(form.accumulator))
+
+
 @_special("sort")
 def _sort(node: Node) -> Ruling:
     """A stable sort of integers has one answer; floats were decomposed into that."""

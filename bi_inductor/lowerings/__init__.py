@@ -10,9 +10,9 @@ from typing import Any
 @functools.cache
 def table() -> dict[Any, Callable[..., Any]]:
     """Op overload -> lowering. Built on first use, since importing Inductor's lowerings takes a second."""
-    from .. import attention_op, ops
+    from .. import attention_backward_op, attention_op, ops
     from . import gradients, grouped, matmul, quantized, segments
-    from .attention import attention
+    from .attention import attention, attention_backward
 
     return {
         **matmul.LOWERINGS,
@@ -20,6 +20,7 @@ def table() -> dict[Any, Callable[..., Any]]:
         **quantized.LOWERINGS,
         **grouped.LOWERINGS,
         attention_op.attention: attention,
+        attention_backward_op.attention_backward: attention_backward,
         ops.segment_tree: segments.segment_tree,
         ops.block_scan: segments.block_scan,
         ops.row_major: segments.row_major,

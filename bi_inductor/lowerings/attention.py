@@ -1,4 +1,4 @@
-"""``bi_inductor::attention``: the kernels of the GPU, or constants where there is nothing to attend to."""
+"""Attention and its gradients: the kernels of the GPU, or constants where there is nothing to attend to."""
 
 from __future__ import annotations
 
@@ -16,9 +16,38 @@ def attention(
     """Shapes and results as in ``attention_op.py``."""
     from ..templates import triton_attention
 
-    sizes = [*query.get_size()[:3], key.get_size()[2]]
-    if any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes):
+    if _is_empty(query, key):
         size, device = query.get_size(), query.get_device()
         output = full([*size[:3], value.get_size()[3]], 0, dtype=query.get_dtype(), device=device)
         return output, full(size[:3], -math.inf, dtype=torch.float32, device=device)
     return triton_attention.attention(query, key, value, mask, is_causal, scale)
+
+
+def attention_backward(
+    grad: TensorBox,
+    query: TensorBox,
+    key: TensorBox,
+    value: TensorBox,
+    mask: TensorBox | None,
+    logsumexp: TensorBox,
+    delta: TensorBox,
+    is_causal: bool,
+    scale: float,
+) -> tuple[TensorBox, TensorBox, TensorBox]:
+    """Shapes and results as in ``attention_backward_op.py``."""
+    from ..templates import triton_attention_backward
+
+    if _is_empty(query, key):
+        zeros = (
+            full(x.get_size(), 0, dtype=x.get_dtype(), device=x.get_device()) for x in (query, key, value)
+        )
+        return tuple(zeros)  # type: ignore[return-value]
+    return triton_attention_backward.attention_backward(
+        grad, query, key, value, mask, logsumexp, delta, is_causal, scale
+    )
+
+
+def _is_empty(query: TensorBox, key: TensorBox) -> bool:
+    """True if there are no queries, or no keys."""
+    sizes = [*query.get_size()[:3], key.get_size()[2]]
+    return any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from bi_inductor import contract
+from bi_inductor import contract, traced
 from bi_inductor.attention_op import attention
 from bi_inductor.certificate import source_line
 from bi_inductor.errors import BatchInvarianceError
@@ -95,7 +95,7 @@ def with_dropout(
 
 def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """True if these inputs have the ATTENTION form: by device, dtype and head dims, never by another size."""
-    if query.device.type != "cuda" or not query.dtype == key.dtype == value.dtype:
+    if traced.device_type(query) != "cuda" or not query.dtype == key.dtype == value.dtype:
         return False
     head_dim, value_dim = int(query.shape[-1]), int(value.shape[-1])
     return contract.attention_form(head_dim, value_dim, query.dtype) is not None

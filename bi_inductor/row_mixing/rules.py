@@ -381,7 +381,7 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     **dict.fromkeys("index _unsafe_index".split(), _indexed),
     "embedding": _embedding,
-    "attention": _attention,
+    **dict.fromkeys("attention attention_backward".split(), _attention),
     "recurrence": _recurrence,
     "copy_": _copied,
     # New tensors of a given size: what they hold is not from any row.

@@ -26,7 +26,7 @@ from bi_inductor import contract
 from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
 from bi_inductor.templates.triton_matmul import tf32_is_allowed
 
-_ROWS = r"""
+ROWS = r"""
     KEY_HEADS = {{size("K", 1)}}
     KEYS = {{size("K", 2)}}
     GROUP = {{size("Q", 1)}} // KEY_HEADS
@@ -65,6 +65,9 @@ _ROWS = r"""
     end = KEYS
     full = KEYS // BLOCK_N * BLOCK_N
 {% endif %}
+"""
+
+_CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
     SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION)
     CHUNKS: tl.constexpr = (NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
@@ -79,7 +82,8 @@ WHOLE = (
 {{def_kernel("Q", "K", "V", "LSE")}}
 {% endif %}
 """
-    + _ROWS
+    + ROWS
+    + _CONSTANTS
     + r"""
     m, sums, acc = attention.all_chunks(q, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, CHUNKS, STAGES)
     out, lse = attention.finish(m, sums, acc)
@@ -98,7 +102,8 @@ ONE_CHUNK = (
 {{def_kernel("Q", "K", "V", "MAXIMA", "SUMS")}}
 {% endif %}
 """
-    + _ROWS
+    + ROWS
+    + _CONSTANTS
     + r"""
     idx_c = tl.program_id(1).to(INDEX_DTYPE)
     low = attention.chunk_start(idx_c, NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
@@ -205,11 +210,13 @@ def schedules(form: contract.Attention, width: int, itemsize: int) -> tuple[Sche
     return tuple(dict.fromkeys(found))
 
 
-def _static(length: Any) -> int | None:
+def static_size(length: Any) -> int | None:
+    """``length``, or None if it is only known at run time."""
     return int(length) if sympy.sympify(length).is_number else None
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """The size of a tile's dimension that holds ``length`` elements."""
     return max(16, 1 << (length - 1).bit_length())
 
 
@@ -239,11 +246,11 @@ def attention(
     group = FloorDiv(heads, key_heads)
     hints = V.graph.sizevars.optimization_hints([batch, key_heads, keys])
     schedule = schedule_for(
-        _static(queries * group),
+        static_size(queries * group),
         hints[0] * hints[1],
         hints[2],
         form,
-        _padded(max(head_dim, value_dim)),
+        padded(max(head_dim, value_dim)),
         dtype.itemsize,
         DeviceProperties.create(device).multi_processor_count,
     )
@@ -272,7 +279,7 @@ def attention(
     partial = _call(
         chunk_template, [*operands, maxima, sums], [maxima, sums], partial_layout, grid, schedule, constants
     )
-    fold = {"DV": value_dim, "BLOCK_DV": _padded(value_dim), "BLOCK_M": 1, "OUT_TYPE": _triton_name(dtype)}
+    fold = {"DV": value_dim, "BLOCK_DV": padded(value_dim), "BLOCK_M": 1, "OUT_TYPE": _triton_name(dtype)}
     inputs = [partial, maxima, sums]
     one_warp = Schedule(1, 1, 1, False)
     out = _call(
@@ -306,9 +313,9 @@ def _constants(
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": form.tile,
         "D": head_dim,
-        "BLOCK_D": _padded(head_dim),
+        "BLOCK_D": padded(head_dim),
         "DV": value_dim,
-        "BLOCK_DV": _padded(value_dim),
+        "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
         "MASK": kind,
         "SCALE": scale,

@@ -30,6 +30,7 @@ _REDUCTION = re.compile(r"(Tree|Exact)\(\w+, ([^,]+), (.+)\)")
 _CHAIN = re.compile(r"Chain\(([\w/]+), (.+)\)")
 _CHUNKS = re.compile(r"(Scaled)?Chunks\(([\w/]+), (\d+), (.+)\)")
 _ATTENTION = re.compile(r"Attention\(([\w/]+), (\d+), (\d+), (\d+), (\d+)\)")
+_ATTENTION_GRADIENT = re.compile(r"AttentionGradient\(([\w/]+)\)")
 #: Forms whose kernels reduce no axis: what they add is written out, element by element.
 _WITHOUT_LENGTH = ("Drawn", "GroupChain", "Scan", "Segments")
 
@@ -140,6 +141,8 @@ class Forms:
         self.group_chains: set[str] = set()
         #: Accumulator, tile, near chunk, near keys, far chunk.
         self.attentions: set[tuple[str, int, int, int, int]] = set()
+        #: Accumulators.
+        self.attention_gradients: set[str] = set()
         #: True if a form or its length could not be read: then no claim is made about lengths.
         self.is_open = False
         for form in {entry.form for entry in entries} - {""}:
@@ -149,6 +152,9 @@ class Forms:
         if attention := _ATTENTION.fullmatch(form):
             tile, near_chunk, near_keys, far_chunk = map(int, attention.groups()[1:])
             self.attentions.add((attention[1], tile, near_chunk, near_keys, far_chunk))
+            return
+        if gradient := _ATTENTION_GRADIENT.fullmatch(form):
+            self.attention_gradients.add(gradient[1])
             return
         chain, reduction, chunked = (shape.fullmatch(form) for shape in (_CHAIN, _REDUCTION, _CHUNKS))
         found = (chain and chain[2]) or (reduction and reduction[3]) or (chunked and chunked[4])
@@ -169,8 +175,9 @@ class Forms:
     @property
     def are_any(self) -> bool:
         """True if there is a form that reduces something."""
-        products = self.chains or self.chunked or self.group_chains or self.attentions
-        return bool(self.trees or self.unordered or products or self.is_open)
+        products = self.chains or self.chunked or self.group_chains
+        attention = self.attentions or self.attention_gradients
+        return bool(self.trees or self.unordered or products or attention or self.is_open)
 
     def lengths(self, combine: str) -> set[Values]:
         """Lengths that ``combine`` runs over."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 
+from . import triton_attention_backward as backward
 from .lengths import Forms, Names, Values, is_constant
 from .syntax import KernelSyntax, assigned, dotted
 
@@ -91,7 +92,10 @@ def _pattern(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text).replace(r"\#", _SIZE) for text in texts))
 
 
-_PATTERNS = {name: _pattern(texts) for name, texts in _BOUND.items()}
+_PATTERNS = {
+    name: _pattern([*_BOUND.get(name, []), *backward.BOUND.get(name, [])]) for name in _BOUND | backward.BOUND
+}
+_ALL_CORES = _CORES | backward.CORES
 #: What calls of ``runtime/attention.py`` an emitted kernel may make.
 CALLS = frozenset(["chunk_start", "finish", "load_rows", *_CORES])
 
@@ -101,14 +105,15 @@ class AttentionProgram:
 
     def __init__(self, kernel: KernelSyntax) -> None:
         self.kernel = kernel
-        #: ("attention", ()) if the kernel was found to have a form of the certificate.
+        #: ("attention", ()) or ("attention gradient", ()) if the kernel was found to have a form of the certificate.
         self.retraced: set[tuple[str, Values]] = set()
-        self.calls = [call for call in kernel.calls if dotted(call.func).startswith("attention.")]
+        rooms = ("attention", "attention_backward")
+        self.calls = [call for call in kernel.calls if dotted(call.func).split(".")[0] in rooms]
 
     def check(self) -> None:
         """One core call; every name it is given is bound as it is written above."""
         kernel = self.kernel
-        cores = [call for call in self.calls if dotted(call.func).split(".")[1] in _CORES]
+        cores = [name for call in self.calls if (name := dotted(call.func).split(".")[1]) in _ALL_CORES]
         if len(cores) != 1:
             kernel.note("attention", self.calls[0], f"{len(cores)} calls for the sums of one program")
         for statement in kernel.statements:
@@ -121,6 +126,12 @@ class AttentionProgram:
                     kernel.note("attention", statement)
         if kernel.loops:
             kernel.note("attention", kernel.loops[0], "a loop around the sums of a program")
+        if cores != ["key_gradients"]:  # whose loop finds its own borders
+            self._check_borders()
+
+    def _check_borders(self) -> None:
+        """The tiles that need no mask, and all that are visited, end where the mask says."""
+        kernel = self.kernel
         causal = kernel.text_of("CAUSAL") == "True"
         if kernel.text_of("end") and (kernel.text_of("end") == "KEYS") == causal:
             kernel.note("attention", kernel.assignments["end"], f"CAUSAL = {causal}")
@@ -137,6 +148,9 @@ class AttentionProgram:
     def check_lengths(self, forms: Forms, arguments: Names) -> None:
         """Tile, chunks and precision are those of a form of the certificate."""
         kernel = self.kernel
+        if any(dotted(call.func).startswith("attention_backward.") for call in self.calls):
+            self._check_gradient(forms)
+            return
         names = ("BLOCK_N", "NEAR_CHUNK", "NEAR_CHUNKS", "FAR_CHUNK")
         if "BLOCK_N" not in kernel.assignments or forms.is_open:
             return  # a fold takes chunks as they are stored
@@ -145,9 +159,20 @@ class AttentionProgram:
             kernel.note("attention", None, f"{', '.join(names)} are not constants")
             return
         tile, near, count, far = (value[0] for value in values if value)
-        accumulator = "tf32/float32" if kernel.text_of("INPUT_PRECISION") == "'tf32'" else "float32"
-        found = (accumulator, tile, near, near * count, far)
+        found = (self._accumulator(), tile, near, near * count, far)
         if found not in forms.attentions:
             kernel.note("attention", None, f"no form of this kernel is Attention{found}")
         else:
             self.retraced.add(("attention", ()))
+
+    def _check_gradient(self, forms: Forms) -> None:
+        found = self._accumulator()
+        if forms.is_open:
+            return
+        if found not in forms.attention_gradients:
+            self.kernel.note("attention", None, f"no form of this kernel is AttentionGradient({found})")
+        else:
+            self.retraced.add(("attention gradient", ()))
+
+    def _accumulator(self) -> str:
+        return "tf32/float32" if self.kernel.text_of("INPUT_PRECISION") == "'tf32'" else "float32"

@@ -10,6 +10,7 @@ from .lengths import Forms, Names, Values
 from .syntax import KernelSyntax, assigned, carried, dotted
 from .triton_attention import CALLS as ATTENTION_CALLS
 from .triton_attention import AttentionProgram
+from .triton_attention_backward import CALLS as ATTENTION_BACKWARD_CALLS
 from .triton_grouped import GroupedProduct
 from .triton_product import ChainedProduct
 from .triton_quantized import QuantizedProduct
@@ -24,6 +25,7 @@ CALLS: dict[str, frozenset[str]] = {
         static_assert store trans view where zeros zeros_like""".split()
     ),
     "attention": ATTENTION_CALLS,
+    "attention_backward": ATTENTION_BACKWARD_CALLS,
     "draws": frozenset(["normal", "uniform"]),
     "ordered": frozenset("new_stack push_prod push_sum total_prod total_sum tree_prod tree_sum".split()),
     # Elementwise, and extrema (and any), which are exact in every order.
@@ -57,6 +59,7 @@ IMPORTS = frozenset(
         "from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math",
         "from torch._inductor.runtime.hints import AutotuneHint, ReductionHint, TileHint, DeviceProperties",
         "from bi_inductor.runtime import attention",
+        "from bi_inductor.runtime import attention_backward",
         "from bi_inductor.runtime import checked as triton_heuristics",
         "from bi_inductor.runtime import draws",
         "from bi_inductor.runtime import ordered",

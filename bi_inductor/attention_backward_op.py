@@ -1,0 +1,142 @@
+"""``bi_inductor::attention_backward``: the gradients of ``bi_inductor::attention``, one op up to the kernels.
+
+    attention_backward(grad [B, H, L, Dv], query [B, H, L, D], key [B, Hk, S, D], value [B, Hk, S, Dv], mask,
+                       logsumexp [B, H, L], delta [B, H, L], is_causal, scale)
+        -> dq [B, H, L, D], dk [B, Hk, S, D], dv [B, Hk, S, Dv]
+
+    p = exp2(t - logsumexp), 0 where logsumexp is -inf        dv = round(p)^T grad        queries ascending
+    ds = p (grad value^T - delta)                             dq = round(ds) key scale    keys ascending
+                                                              dk = round(ds)^T query scale   queries ascending
+
+``t``: the scores, computed again. ``round``: to the inputs' dtype. ``delta``: fp32, the sum of grad times the output,
+minus the gradient of the logsumexp in nats. For dk and dv the queries of a group's heads are one chain, head after
+head. ``composite`` says it in plain ops, with all scores in memory; kernels have its bits for finite inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import _LIBRARY, bmm_wide
+
+_LIBRARY.define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor logsumexp,"
+    " Tensor delta, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)"
+)
+attention_backward = torch.ops.bi_inductor.attention_backward.default
+LOG2_E = math.log2(math.e)
+
+
+def scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    """[B, Hk, G * L, S] in a wide dtype and log2 units, hidden keys at -inf; rows are head by head."""
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
+    rows = query.reshape(batch * groups, (heads // groups) * length, width)
+    products = bmm_wide(rows, key.transpose(2, 3).reshape(batch * groups, width, keys))
+    result = products.reshape(batch, heads, length, keys)
+    if mask is not None and mask.dtype != torch.bool:
+        result = (result * scale + mask.to(result.dtype)) * LOG2_E
+    else:
+        result = result * (scale * LOG2_E)
+    if is_causal:
+        visible = torch.arange(length, device=key.device)[:, None] >= torch.arange(keys, device=key.device)
+        result = torch.where(visible, result, -math.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        result = torch.where(mask, result, -math.inf)
+    return result.reshape(batch, groups, -1, keys)
+
+
+def composite(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    logsumexp: Tensor,
+    delta: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, ds [B, H, L, S] in the wide dtype) in ops that have forms of their own."""
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
+    flat = (batch * groups, -1)
+    t = scores(query, key, mask, is_causal, scale)
+    seen = logsumexp.reshape(batch, groups, -1, 1)
+    p = torch.where(seen == -math.inf, 0.0, torch.exp2(t - seen)).reshape(*flat, keys)
+    g = grad.reshape(*flat, value.shape[-1])
+    v = value.reshape(*flat, value.shape[-1])
+    ds = p * (bmm_wide(g, v.transpose(1, 2)) - delta.reshape(*flat, 1))
+    rounded = ds.to(query.dtype)
+    dq = bmm_wide(rounded, key.reshape(*flat, width)) * scale
+    dk = bmm_wide(rounded.transpose(1, 2), query.reshape(*flat, width)) * scale
+    dv = torch.bmm(p.to(value.dtype).transpose(1, 2), g)
+    return (
+        dq.reshape(query.shape).to(query.dtype),
+        dk.reshape(key.shape).to(key.dtype),
+        dv.reshape(value.shape),
+        ds.reshape(batch, heads, length, keys),
+    )
+
+
+def empty_heads(like: Tensor, width: Any) -> Tensor:
+    """[B, H, L, ``width``] with the heads of one position beside each other: joining them is a view."""
+    batch, heads, length, _ = like.shape
+    return like.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+@torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
+def _eager(*arguments: Any) -> tuple[Tensor, ...]:
+    """Reference: the composite, with the library's orders."""
+    results = [empty_heads(x, x.shape[-1]) for x in arguments[1:4]]
+    for result, gradient in zip(results, composite(*arguments), strict=False):
+        result.copy_(gradient)
+    return tuple(results)
+
+
+@torch.library.register_fake("bi_inductor::attention_backward", lib=_LIBRARY)
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(empty_heads(x, x.shape[-1]) for x in arguments[1:4])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of the composite, op by op."""
+    tensors = [x if x is None else x.detach() for x in ctx.saved_tensors]
+    leaves = [x.requires_grad_() for place, x in enumerate(tensors) if x is not None and place != 4]
+    arguments: Any = (*tensors, *ctx.options)
+    with torch.enable_grad():
+        results = composite(*arguments)[:3]
+        *first, of_logsumexp, of_delta = torch.autograd.grad(results, leaves, grads)
+    return (*first, None, of_logsumexp, of_delta, None, None)
+
+
+torch.library.register_autograd(
+    "bi_inductor::attention_backward", _second_backward, setup_context=_save, lib=_LIBRARY
+)
+
+
+@torch.library.register_vmap("bi_inductor::attention_backward", lib=_LIBRARY)
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """The mapped dim becomes part of the batch."""
+    tensors = as_batch(info.batch_size, in_dims[:7], arguments[:7])
+    results = attention_backward(*tensors, *arguments[7:])
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
+
+
+def as_batch(
+    size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """Tensors mapped along ``in_dims``, with the mapped dim as part of the batch."""
+    return [
+        x if x is None else (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        for x, dim in zip(tensors, in_dims, strict=True)
+    ]

@@ -1,0 +1,279 @@
+"""What emitted kernels of attention's gradients are made of: the ATTENTION GRADIENT form of ``contract.py``.
+
+    t  = (q k^T) * scale * log2(e)      one chain over the head dim, from 0; with a mask of floats (q k^T * scale +
+         mask) * log2(e); -inf where a key is hidden
+    p  = exp2(t - logsumexp)            dp = g v^T, one chain over the head dim of the values
+    ds = p * (dp - delta)               every operation rounded to fp32, none contracted
+    dq = (sum over keys of round(ds) k) * scale                      one chain, keys ascending
+    dk = (sum over heads and queries of round(ds) q) * scale         one chain, head after head, queries ascending
+    dv = sum over heads and queries of round(p) g                    the same chain
+
+``round``: to the dtype of the inputs; results are rounded once, at the end. A chain adds in the steps of the hardware's
+MMA, aligned at key 0 and at the first query of the first head of a group. A row that sees no key has logsumexp -inf and
+p 0. A hidden score adds exact zeros, so a tile without a visible one may be visited or not.
+
+Sizes of tiles, warps, stages and how rows are packed into a tile of dq are free.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention import LOG2_E, load_mask, load_rows
+
+
+@triton.jit
+def load_statistics(logsumexp, delta, exists):
+    """(logsumexp, delta) at pointers of any shape; where nothing can be seen +inf, so that p is exp2(-inf) = 0."""
+    if exists is None:
+        seen = tl.load(logsumexp)
+        correction = tl.load(delta)
+    else:
+        seen = tl.load(logsumexp, mask=exists, other=float("inf"))
+        correction = tl.load(delta, mask=exists, other=0.0)
+    return tl.where(seen == -float("inf"), float("inf"), seen), correction
+
+
+@triton.jit
+def _visible(mask_pointers, positions, keys, exists, SCORES: tl.constexpr, WIDTH: tl.constexpr):
+    """Which of the pairs that exist see each other; [M, N] or [N, M] like ``exists``."""
+    visible = exists
+    if SCORES[0]:
+        visible = visible & (keys <= positions)
+    if SCORES[1] == 1:
+        visible = visible & (load_mask(mask_pointers, exists, 0, WIDTH) != 0)
+    return visible
+
+
+@triton.jit
+def _probabilities(
+    t,
+    logsumexp,
+    mask_pointers,
+    visible,
+    exists,
+    EDGE: tl.constexpr,
+    SCORES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """p of the products ``t``; all three of one shape, or ``logsumexp`` broadcast to it."""
+    MASK: tl.constexpr = SCORES[1]
+    SCALE: tl.constexpr = SCORES[2]
+    if MASK == 2:
+        if SCALE == 1.0:  # a choice that is none: Triton would start the dot from what is added to it next
+            t = tl.where(t == 0.0, 0.0, t)
+        t = t * tl.full((), SCALE, tl.float32)
+        t = (t + load_mask(mask_pointers, exists, 0.0, WIDTH).to(tl.float32)) * LOG2_E
+    else:
+        t = t * tl.full((), SCALE * LOG2_E, tl.float32)
+    if EDGE:
+        t = tl.where(visible, t, -float("inf"))
+    return tl.exp2(t - logsumexp)
+
+
+@triton.jit
+def _query_tile(
+    acc,
+    q,
+    g,
+    statistics,
+    keys_and_values,
+    mask_and_rows,
+    start,
+    key_count,
+    EDGE: tl.constexpr,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """dq [M, D] after one more tile of keys. EDGE: some of its keys may be hidden or not exist."""
+    logsumexp, delta = statistics
+    k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
+    mask_base, stride_mn, positions, rows_exist = mask_and_rows
+    BLOCK_N: tl.constexpr = SHAPE[1]
+    D: tl.constexpr = SHAPE[2]
+    BLOCK_D: tl.constexpr = SHAPE[3]
+    DV: tl.constexpr = SHAPE[4]
+    BLOCK_DV: tl.constexpr = SHAPE[5]
+    INDEX: tl.constexpr = SHAPE[6]
+    PRECISION: tl.constexpr = SCORES[3]
+    WIDTH: tl.constexpr = k_base.dtype.element_ty.primitive_bitwidth
+    keys = start + tl.arange(0, BLOCK_N)
+    column = keys.to(INDEX)[:, None]
+    exists = None
+    if EDGE:
+        exists = (keys < key_count)[:, None]
+    k = load_rows(k_base, column, tl.arange(0, BLOCK_D)[None, :], stride_kn, stride_kd, exists, D)
+    v = load_rows(v_base, column, tl.arange(0, BLOCK_DV)[None, :], stride_vn, stride_vd, exists, DV)
+    visible = None
+    pairs = None
+    at = None
+    if EDGE:
+        pairs = (keys < key_count)[None, :] & rows_exist
+        at = mask_base + keys.to(INDEX)[None, :] * stride_mn
+        visible = _visible(at, positions, keys[None, :], pairs, SCORES, WIDTH)
+    t = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = _probabilities(t, logsumexp, at, visible, pairs, EDGE, SCORES, WIDTH)
+    ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta)
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def query_gradients(
+    q,
+    g,
+    statistics,
+    keys_and_values,
+    mask_and_rows,
+    full,
+    end,
+    key_count,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dq / scale [M, D] from keys 0 ... end - 1; those before ``full`` are visible to every row."""
+    BLOCK_N: tl.constexpr = SHAPE[1]
+    EDGE_STAGES: tl.constexpr = STAGES[1]
+    acc = tl.zeros((q.shape[0], SHAPE[3]), tl.float32)
+    edge = full * 0
+    if SCORES[1] == 0:
+        edge = full
+        for start in tl.range(0, full, BLOCK_N, num_stages=STAGES[0]):
+            acc = _query_tile(
+                acc, q, g, statistics, keys_and_values, mask_and_rows, start, key_count, False, SHAPE, SCORES
+            )
+    for start in tl.range(edge, end, BLOCK_N, num_stages=EDGE_STAGES):
+        acc = _query_tile(
+            acc, q, g, statistics, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES
+        )
+    return acc
+
+
+@triton.jit
+def _key_tile(
+    state,
+    k,
+    v,
+    queries,
+    mask_and_keys,
+    head,
+    tile,
+    sizes,
+    EDGE: tl.constexpr,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+):
+    """(dk [N, D], dv [N, DV]) after one more tile of the group's rows, computed as [N, M].
+
+    EDGE: the tile may hold rows of several heads, rows that do not exist, and hidden scores; else it is of ``head``.
+    """
+    dk, dv = state
+    q_base, stride_qh, stride_qm, stride_qd = queries[0]
+    g_base, stride_gh, stride_gm, stride_gd = queries[1]
+    mask_base, mask_strides, keys, keys_exist = mask_and_keys
+    stride_mh, stride_mm, stride_mn = mask_strides
+    group, length = sizes
+    BLOCK_M: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[2]
+    BLOCK_D: tl.constexpr = SHAPE[3]
+    DV: tl.constexpr = SHAPE[4]
+    BLOCK_DV: tl.constexpr = SHAPE[5]
+    INDEX: tl.constexpr = SHAPE[6]
+    PRECISION: tl.constexpr = SCORES[3]
+    WIDTH: tl.constexpr = q_base.dtype.element_ty.primitive_bitwidth
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = None
+    column_exists = None
+    if EDGE:
+        exists = rows < group * length
+        column_exists = exists[:, None]
+        heads = (rows // length).to(INDEX)
+        positions = (rows % length).to(INDEX)
+    else:
+        heads = tl.cast(head, INDEX) + tl.zeros((BLOCK_M,), INDEX)
+        positions = (rows - head * length).to(INDEX)
+    q_rows = q_base + heads[:, None] * stride_qh
+    g_rows = g_base + heads[:, None] * stride_gh
+    position = positions[:, None]
+    q = load_rows(q_rows, position, tl.arange(0, BLOCK_D)[None, :], stride_qm, stride_qd, column_exists, D)
+    g = load_rows(g_rows, position, tl.arange(0, BLOCK_DV)[None, :], stride_gm, stride_gd, column_exists, DV)
+    logsumexp, delta = load_statistics(queries[2] + rows, queries[3] + rows, exists)
+    visible = None
+    pairs = None
+    at = None
+    if EDGE:
+        pairs = (rows < group * length)[None, :] & keys_exist
+        at = mask_base + heads[None, :] * stride_mh + positions[None, :] * stride_mm + keys * stride_mn
+        visible = _visible(at, positions[None, :], keys, pairs, SCORES, WIDTH)
+    t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = _probabilities(t, logsumexp[None, :], at, visible, pairs, EDGE, SCORES, WIDTH)
+    dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def key_gradients(
+    k,
+    v,
+    queries,
+    mask_and_keys,
+    first_key,
+    group,
+    length,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(dk / scale [N, D], dv [N, DV]) of keys ``first_key`` ..., from ``group`` heads of ``length`` queries each.
+
+    The rows of a group, head after head, are cut into tiles of BLOCK_M. For each head come the tiles that only some of
+    its pairs need (under a causal mask those around the diagonal), then those inside the head that need no mask. The
+    tile that a head shares with the next one stands at the beginning of the next one's. Tiles ascend, each comes once.
+    """
+    BLOCK_M: tl.constexpr = SHAPE[0]
+    EDGE_STAGES: tl.constexpr = STAGES[1]
+    dk = tl.zeros((SHAPE[1], SHAPE[3]), tl.float32)
+    dv = tl.zeros((SHAPE[1], SHAPE[5]), tl.float32)
+    group = tl.cast(group, tl.int32)
+    length = tl.cast(length, tl.int32)
+    first_key = tl.cast(first_key, tl.int32)
+    sizes = (group, length)
+    tiles = tl.cdiv(group * length, BLOCK_M)
+    # Queries of a head before the first that sees one of the keys; before the first that sees all of them.
+    none = length * 0
+    some = none
+    heads = group + 1
+    if SCORES[0]:
+        none = tl.minimum(first_key, length)
+        some = tl.minimum(first_key + (SHAPE[1] - 1), length)
+        heads = tl.where(none == length, 0, heads)
+    done = none * 0
+    shared = none * 0
+    for head in tl.range(0, heads, num_stages=1):
+        start = head * length
+        first = tl.minimum(tl.maximum((start + none) // BLOCK_M, done), tiles)
+        last = tl.minimum(tl.cdiv(start + length, BLOCK_M), tiles)
+        full = last
+        inside = last
+        if SCORES[1] == 0:
+            full = tl.minimum(tl.maximum(tl.cdiv(start + some, BLOCK_M), first), tiles)
+            inside = tl.maximum(tl.minimum(start + length, group * length) // BLOCK_M, full)
+        extra = tl.where(first > done, shared, none * 0)
+        for step in tl.range(0, full - first + extra, num_stages=EDGE_STAGES):
+            tile = tl.where(step < extra, done, first + step - extra)
+            dk, dv = _key_tile((dk, dv), k, v, queries, mask_and_keys, head, tile, sizes, True, SHAPE, SCORES)
+        if SCORES[1] == 0:
+            for tile in tl.range(full, inside, num_stages=STAGES[0]):
+                dk, dv = _key_tile(
+                    (dk, dv), k, v, queries, mask_and_keys, head, tile, sizes, False, SHAPE, SCORES
+                )
+        done = inside
+        shared = tl.where(last > inside, none * 0 + 1, none * 0)
+    return dk, dv
+
+
+@triton.jit
+def finish(acc):
+    """The end of a chain: a sum that underflowed to -0.0 is 0.0, as that of a product (``chain_source.py``)."""
+    return tl.where(acc == 0.0, 0.0, acc)

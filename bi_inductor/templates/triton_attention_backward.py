@@ -1,0 +1,293 @@
+"""The gradients of attention on a GPU in canonical form: one kernel for dq, one for dk and dv, no atomics.
+
+``runtime/attention_backward.py`` has the form and its order of additions; here are the programs around it. A program of
+dq has BLOCK_M rows of one key head, packed as those of the forward (``triton_attention.py``), and walks the keys. A
+program of dk and dv has BLOCK_N keys, and walks the queries of all heads that share them, head after head. Both
+compute scores and probabilities again: nothing of [queries, keys] is in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import empty, permute
+from torch._inductor.select_algorithm import SymbolicGridFn
+from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import FloorDiv
+
+from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
+from bi_inductor.templates.triton_attention import ROWS, attention_grid, padded, static_size
+from bi_inductor.templates.triton_matmul import tf32_is_allowed
+
+_CONSTANTS = r"""
+    SHAPE: tl.constexpr = (BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
+    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, INPUT_PRECISION)
+    STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
+"""
+
+QUERY_GRADIENTS = (
+    r"""
+{% if MASK %}
+{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS")}}
+{% else %}
+{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA")}}
+{% endif %}
+"""
+    + ROWS.replace("attention.load_rows", "attention_backward.load_rows")
+    + _CONSTANTS
+    + r"""
+    g_base = G + idx_b * ({{stride("G", 0)}}) + idx_h * ({{stride("G", 1)}})
+    g = attention_backward.load_rows(g_base, idx_m, idx_d, {{stride("G", 2)}}, {{stride("G", 3)}}, exists, DV)
+    row = (idx_b * {{size("Q", 1)}} + idx_h) * {{size("Q", 2)}} + idx_m
+    statistics = attention_backward.load_statistics(LSE + row, DELTA + row, exists)
+    acc = attention_backward.query_gradients(
+        q, g, statistics, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, STAGES
+    )
+    out = attention_backward.finish(acc) * tl.full((), SCALE, tl.float32)
+    out = out.to(Q.dtype.element_ty).to(tl.float32)
+    inside_d = exists & (dims < D)
+    {{store_output(("idx_b", "idx_h", "idx_m", "dims"), "out", "inside_d", val_shape=("BLOCK_M", "BLOCK_D"))}}
+"""
+)
+
+KEY_GRADIENTS = (
+    r"""
+{% if MASK %}
+{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS", "DV_OUT")}}
+{% else %}
+{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "DV_OUT")}}
+{% endif %}
+    KEY_HEADS = {{size("K", 1)}}
+    KEYS = {{size("K", 2)}}
+    QUERIES = {{size("Q", 2)}}
+    GROUP = {{size("Q", 1)}} // KEY_HEADS
+    key_tiles = tl.cdiv(KEYS, BLOCK_N)
+    program = tl.program_id(0).to(INDEX_DTYPE)
+    # The first keys first: under a causal mask they have the most queries.
+    key_tile = program % key_tiles
+    idx_b = program // key_tiles // KEY_HEADS
+    key_head = program // key_tiles % KEY_HEADS
+    first_head = key_head * GROUP
+    idx_n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    exists = idx_n < KEYS
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    idx_d = tl.arange(0, BLOCK_DV)[None, :]
+    k_base = K + idx_b * ({{stride("K", 0)}}) + key_head * ({{stride("K", 1)}})
+    v_base = V + idx_b * ({{stride("V", 0)}}) + key_head * ({{stride("V", 1)}})
+    k = attention_backward.load_rows(k_base, idx_n, dims, {{stride("K", 2)}}, {{stride("K", 3)}}, exists, D)
+    v = attention_backward.load_rows(v_base, idx_n, idx_d, {{stride("V", 2)}}, {{stride("V", 3)}}, exists, DV)
+    q_base = Q + idx_b * ({{stride("Q", 0)}}) + first_head * ({{stride("Q", 1)}})
+    g_base = G + idx_b * ({{stride("G", 0)}}) + first_head * ({{stride("G", 1)}})
+    first_row = (idx_b * {{size("Q", 1)}} + first_head) * QUERIES
+    q_rows = (q_base, {{stride("Q", 1)}}, {{stride("Q", 2)}}, {{stride("Q", 3)}})
+    g_rows = (g_base, {{stride("G", 1)}}, {{stride("G", 2)}}, {{stride("G", 3)}})
+    queries = (q_rows, g_rows, LSE + first_row, DELTA + first_row)
+{% if MASK %}
+    mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + first_head * ({{stride("MASKS", 1)}})
+    mask_strides = ({{stride("MASKS", 1)}}, {{stride("MASKS", 2)}}, {{stride("MASKS", 3)}})
+    mask_and_keys = (mask_base, mask_strides, idx_n, exists)
+{% else %}
+    mask_and_keys = (0, (0, 0, 0), idx_n, exists)
+{% endif %}
+"""
+    + _CONSTANTS
+    + r"""
+    dk, dv = attention_backward.key_gradients(
+        k, v, queries, mask_and_keys, key_tile * BLOCK_N, GROUP, QUERIES, SHAPE, SCORES, STAGES
+    )
+    dv = attention_backward.finish(dv).to(V.dtype.element_ty)
+    dv_row = (idx_b * KEYS + idx_n) * KEY_HEADS + key_head
+    tl.store(DV_OUT + dv_row * DV + idx_d, dv, mask=exists & (idx_d < DV))
+    out = attention_backward.finish(dk) * tl.full((), SCALE, tl.float32)
+    out = out.to(K.dtype.element_ty).to(tl.float32)
+    inside_d = exists & (dims < D)
+    {{store_output(("idx_b", "key_head", "idx_n", "dims"), "out", "inside_d", val_shape=("BLOCK_N", "BLOCK_D"))}}
+"""
+)
+
+
+@SymbolicGridFn
+def key_grid(
+    pairs: Any, keys: Any, meta: dict[str, Any], *, cdiv: Callable[[Any, Any], Any]
+) -> tuple[Any, Any, int]:
+    """(batch * key heads, keys) -> one program per tile of keys."""
+    return (pairs * cdiv(keys, meta["BLOCK_N"]), 1, 1)
+
+
+class AttentionBackwardKernel(TemplateKernel):
+    """A template kernel that may call ``runtime/attention_backward.py``."""
+
+    @classmethod
+    def gen_common_triton_imports(cls) -> str:
+        return super().gen_common_triton_imports() + "from bi_inductor.runtime import attention_backward\n"
+
+
+class AttentionBackwardTemplate(Template):
+    """A template of such a kernel."""
+
+    kernel_type = AttentionBackwardKernel
+
+
+query_template = AttentionBackwardTemplate(
+    "batchinv_attention_query_gradients", grid=attention_grid, source=QUERY_GRADIENTS
+)
+key_template = AttentionBackwardTemplate(
+    "batchinv_attention_key_gradients", grid=key_grid, source=KEY_GRADIENTS
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What is free: rows and keys of a tile, warps, and stages of the loops over tiles without and with a mask."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    full_stages: int
+    edge_stages: int
+
+
+#: By (elements of more than 2 bytes, padded head dim): not measured yet, but what fits the shared memory of an A100.
+_QUERY_SCHEDULES = {
+    (False, 64): Schedule(128, 64, 8, 3, 2),
+    (False, 128): Schedule(128, 64, 8, 2, 2),
+    (False, 256): Schedule(64, 32, 8, 2, 1),
+    (True, 64): Schedule(32, 32, 8, 2, 1),
+    (True, 128): Schedule(32, 32, 8, 2, 1),
+    (True, 256): Schedule(16, 16, 8, 1, 1),
+}
+_KEY_SCHEDULES = {
+    (False, 64): Schedule(64, 128, 8, 2, 2),
+    (False, 128): Schedule(64, 128, 8, 2, 2),
+    (False, 256): Schedule(32, 64, 8, 2, 1),
+    (True, 64): Schedule(32, 32, 8, 2, 1),
+    (True, 128): Schedule(32, 32, 8, 2, 1),
+    (True, 256): Schedule(16, 16, 8, 1, 1),
+}
+
+
+def query_schedule_for(rows: int | None, width: int, itemsize: int) -> Schedule:
+    """The schedule of dq for ``rows`` of each key head (None: only known at run time).
+
+    ``width``: the larger of the two head dims, padded.
+    """
+    schedule = _QUERY_SCHEDULES[itemsize > 2, max(64, width)]
+    return dataclasses.replace(schedule, block_m=_shortened(schedule.block_m, rows))
+
+
+def key_schedule_for(keys: int | None, width: int, itemsize: int) -> Schedule:
+    """The schedule of dk and dv for ``keys`` of each key head; as :func:`query_schedule_for`."""
+    schedule = _KEY_SCHEDULES[itemsize > 2, max(64, width)]
+    return dataclasses.replace(schedule, block_n=_shortened(schedule.block_n, keys))
+
+
+def _shortened(tile: int, length: int | None) -> int:
+    return tile if length is None or length > 64 else min(tile, padded(length))
+
+
+def schedules(width: int, itemsize: int) -> tuple[tuple[Schedule, ...], tuple[Schedule, ...]]:
+    """Every schedule of dq, and of dk and dv, that may be chosen for heads of ``width`` padded elements."""
+    lengths = (16, 32, 64, None)
+    return (
+        tuple(dict.fromkeys(query_schedule_for(length, width, itemsize) for length in lengths)),
+        tuple(dict.fromkeys(key_schedule_for(length, width, itemsize) for length in lengths)),
+    )
+
+
+def attention_backward(
+    grad: ir.TensorBox,
+    query: ir.TensorBox,
+    key: ir.TensorBox,
+    value: ir.TensorBox,
+    mask: ir.TensorBox | None,
+    logsumexp: ir.TensorBox,
+    delta: ir.TensorBox,
+    is_causal: bool,
+    scale: float,
+) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]:
+    """Lowering of ``bi_inductor::attention_backward``; shapes and results as there."""
+    batch, heads, queries, _ = query.get_size()
+    key_heads, keys = key.get_size()[1:3]
+    head_dim, value_dim = (V.graph.sizevars.guard_int(x.get_size()[-1]) for x in (query, value))
+    dtype, device = query.get_dtype(), query.get_device()
+    width, pairs = padded(max(head_dim, value_dim)), batch * key_heads
+    rows = queries * FloorDiv(heads, key_heads)
+    constants = _constants(head_dim, value_dim, dtype, mask, is_causal, scale)
+    statistics = [ir.ExternKernel.require_contiguous(realized(x)) for x in (logsumexp, delta)]
+    operands = [realized(x) for x in (query, key, value, grad)] + statistics
+    operands += [] if mask is None else [realized(mask)]
+    dq = _call(
+        query_template,
+        operands,
+        _beside_each_other(device, dtype, [batch, heads, queries, head_dim]),
+        [pairs, rows, 1],
+        query_schedule_for(static_size(rows), width, dtype.itemsize),
+        constants,
+    )
+    stored = empty([batch, keys, key_heads, value_dim], dtype=dtype, device=device)
+    dk = _call(
+        key_template,
+        [*operands, realized(stored)],
+        _beside_each_other(device, dtype, [batch, key_heads, keys, head_dim]),
+        [pairs, keys],
+        key_schedule_for(static_size(keys), width, dtype.itemsize),
+        constants,
+        mutated_inputs=[realized(stored)],
+    )
+    return dq, dk, permute(stored, [0, 2, 1, 3])
+
+
+def _beside_each_other(device: torch.device, dtype: torch.dtype, size: list[Any]) -> ir.Layout:
+    """[B, H, L, D] with the heads of one position beside each other: what follows joins them without a copy."""
+    _, heads, length, width = size
+    return ir.FixedLayout(device, dtype, size, [length * heads * width, width, heads * width, 1])
+
+
+def _constants(
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mask: ir.TensorBox | None,
+    is_causal: bool,
+    scale: float,
+) -> dict[str, Any]:
+    is_tf32 = dtype == torch.float32 and tf32_is_allowed()
+    return {
+        "D": head_dim,
+        "BLOCK_D": padded(head_dim),
+        "DV": value_dim,
+        "BLOCK_DV": padded(value_dim),
+        "CAUSAL": is_causal,
+        "MASK": 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2,
+        "SCALE": scale,
+        "INPUT_PRECISION": "'tf32'" if is_tf32 else "'ieee'",
+    }
+
+
+def _call(
+    template: AttentionBackwardTemplate,
+    operands: list[Any],
+    layout: ir.Layout,
+    grid: list[Any],
+    schedule: Schedule,
+    constants: dict[str, Any],
+    **arguments: Any,
+) -> ir.TensorBox:
+    return emit(
+        template,
+        operands,
+        layout,
+        num_warps=schedule.num_warps,
+        num_stages=max(schedule.full_stages, schedule.edge_stages),
+        call_sizes=grid,
+        BLOCK_M=schedule.block_m,
+        BLOCK_N=schedule.block_n,
+        FULL_STAGES=schedule.full_stages,
+        EDGE_STAGES=schedule.full_stages if constants["MASK"] else schedule.edge_stages,
+        **constants,
+        **arguments,
+    )

@@ -132,6 +132,48 @@ for _op, _backward in ((bmm_wide, _bmm_wide_backward), (bmm_rounding, _bmm_round
 
 # ---------------------------------------------------------------- segments, prefixes and rows
 
+_LIBRARY.define(
+    "moved_rows(Tensor x, Tensor index, Tensor exists, Tensor inverse, Tensor has_place) -> Tensor"
+)
+
+moved_rows = torch.ops.bi_inductor.moved_rows.default
+"""``moved_rows(x [T, ...], index [P], exists [P], inverse [T], has_place [T]) -> [P, ...]``: rows of ``x``, or zeros.
+
+``out[p] = x[index[p]]`` where ``exists[p]``. ``inverse`` says for row t of ``x`` where it went, ``has_place`` whether
+it went anywhere: no row goes to two places, so a gradient moves back, and nothing is added. For that gradient alone
+this is an op: the decomposition table turns it into ordinary ones.
+"""
+
+
+@torch.library.impl(_LIBRARY, "moved_rows", "CompositeExplicitAutograd")
+def moved_rows_decomposed(
+    x: Tensor, index: Tensor, exists: Tensor, inverse: Tensor, has_place: Tensor
+) -> Tensor:
+    """The plain ops that ``moved_rows`` stands for."""
+    if x.shape[0] == 0:
+        return x.new_zeros(index.shape[0], *x.shape[1:])
+    rows = x.index_select(0, index.clamp(0, x.shape[0] - 1))
+    return torch.where(exists.view(-1, *(1,) * (x.dim() - 1)), rows, 0)
+
+
+@torch.library.register_fake("bi_inductor::moved_rows", lib=_LIBRARY)
+def _moved_rows_fake(x: Tensor, index: Tensor, exists: Tensor, inverse: Tensor, has_place: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], *x.shape[1:])
+
+
+def _save_map(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _moved_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    index, exists, inverse, has_place = ctx.saved_tensors
+    return moved_rows(grad, inverse, has_place, index, exists), None, None, None, None
+
+
+torch.library.register_autograd(
+    "bi_inductor::moved_rows", _moved_rows_backward, setup_context=_save_map, lib=_LIBRARY
+)
+
 SEGMENT_COMBINES = ("sum", "prod", "amax", "amin", "logaddexp")
 
 

@@ -44,7 +44,7 @@ from bi_inductor.decompositions import (
     selection,
     spectrum,
 )
-from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed
+from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed, moved_rows, moved_rows_decomposed
 
 aten = torch.ops.aten
 
@@ -88,6 +88,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **scatter.TABLE,
         **order.TABLE,
         bmm_rounding: bmm_rounding_decomposed,
+        moved_rows: moved_rows_decomposed,
         continuing: continuing_decomposed,
     }
     table.update(ours)

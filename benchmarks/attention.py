@@ -113,6 +113,7 @@ def candidates(case: dict[str, object], compiled: Callable[..., Tensor]) -> dict
 
     def deterministic() -> object:
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # would be timed, too
         try:
             return stock(BACKENDS["flash"])
         finally:

@@ -150,7 +150,7 @@ def judge(case: Case, settings: Settings) -> CaseResult:
         fields = _compared(case, settings) if settings.runs else _lowered(case, settings)
     except BatchInvarianceError as error:
         reason = f"{error.op}: {error.reason}"
-        fields = {"verdict": "refused", "reason": reason, "stock": _described_stock(case)}
+        fields = {"verdict": "refused", "reason": reason, "stock": _described_stock(case, settings)}
     except _uncaptured() as error:
         if isinstance(error, NotCompiledError) and _is_captured(case):
             fields = {"verdict": "invariant", "reason": "it returns its inputs: nothing is compiled"}
@@ -215,8 +215,8 @@ def _described_uncaptured(case: Case, error: BaseException) -> str:
     return _described(error)
 
 
-def _described_stock(case: Case) -> str:
-    found = fallbacks(case)
+def _described_stock(case: Case, settings: Settings) -> str:
+    found = fallbacks(case, settings.backward and _is_differentiable(case))
     return "no graph" if found is None else ", ".join(found) or "none"
 
 

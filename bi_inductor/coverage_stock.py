@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 from unittest import mock
-
-import torch
 
 from bi_inductor.coverage_cases import Case
 
 
-def fallbacks(case: Case) -> tuple[str, ...] | None:
+def fallbacks(case: Case, backward: bool = False) -> tuple[str, ...] | None:
     """The ATen kernels that stock Inductor's code for ``case`` would call; None if it generates none.
 
-    Matrix products and convolutions of a library do not count: stock chooses these. Nothing is compiled or run.
+    ``backward``: those of the gradients too. Matrix products and convolutions of a library do not count: stock chooses
+    these. Nothing is compiled or run.
     """
+    import torch._functorch.config
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
 
     lowered: list[list[str]] = []
 
-    def stop(graph: Any) -> Any:
+    def note(graph: Any) -> Any:
+        graph.codegen()
         lowered.append([_name(operation) for operation in graph.operations if _is_fallback(operation)])
-        raise RuntimeError("lowered")
+        return types.SimpleNamespace(call=_stop, __file__="<lowered>")
 
     torch._dynamo.reset()
-    with mock.patch.object(GraphLowering, "compile_to_module", stop), config.patch(fx_graph_cache=False):
+    inputs = [x.requires_grad_(backward and x.is_floating_point()) for x in case.arguments(0, 2)]
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", note),
+        config.patch(fx_graph_cache=False, compile_threads=1),
+        torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
+    ):
         try:
-            torch.compile(case.call, backend="inductor", fullgraph=True)(*case.arguments(0, 2))
-        except Exception:  # "lowered", as Inductor wraps it, or that there is no graph
+            torch.compile(case.call, backend="inductor", fullgraph=True)(*inputs)
+        except Exception:  # of _stop, as Inductor wraps it, or that there is no graph
             torch._dynamo.reset()
     return tuple(sorted({name for names in lowered for name in names})) if lowered else None
+
+
+def _stop(inputs: list[Any]) -> Any:
+    raise RuntimeError("lowered, not compiled")
 
 
 def _is_fallback(operation: Any) -> bool:

@@ -18,7 +18,7 @@ become pairs, small linear systems steps of elimination: see the modules beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from bi_inductor.decompositions import (
     integer,
     interpolation,
     order,
+    padding,
     pooling,
     random,
     recurrent,
@@ -81,12 +82,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **spectrum.TABLE,
         **bags.TABLE,
         **interpolation.TABLE,
+        **padding.TABLE,
         **elimination.TABLE,
         **recurrent.TABLE,
         **_from_torch(),
         **complex_pairs.TABLE,
         **scatter.TABLE,
         **order.TABLE,
+        aten._efficientzerotensor.default: _zeros,
         bmm_rounding: bmm_rounding_decomposed,
         moved_rows: moved_rows_decomposed,
         continuing: continuing_decomposed,
@@ -153,6 +156,11 @@ def _addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, al
     left = batch1.transpose(0, 1).reshape(rows, batch * inner)
     right = batch2.reshape(batch * inner, batch2.shape[2])
     return torch.addmm(self, left, right, beta=beta, alpha=alpha)
+
+
+def _zeros(size: Sequence[Any], **options: Any) -> Tensor:
+    """What derivatives that are zero start from; it has no memory of its own in eager mode."""
+    return torch.zeros(size, **options)
 
 
 _MATMUL_FAMILY: dict[Any, Callable[..., Any]] = {

@@ -16,6 +16,7 @@ from bi_inductor.passes.matmul import MATMUL
 from bi_inductor.passes.multihead import ENCODER_LAYER, MULTIHEAD
 from bi_inductor.passes.recurrent import RECURRENT
 from bi_inductor.passes.retarget import Retarget
+from bi_inductor.passes.sampling import SAMPLING
 from bi_inductor.passes.varlen import VARLEN
 
 REWRITES: tuple[Retarget, ...] = (
@@ -25,6 +26,7 @@ REWRITES: tuple[Retarget, ...] = (
     FLEX,
     MULTIHEAD,
     ENCODER_LAYER,
+    *SAMPLING,
     *CONTRACTIONS,
     *RECURRENT,
     *VARLEN,

@@ -218,7 +218,7 @@ def _moves(node: Node, example: Example) -> str:
     if node.target is operator.getitem:  # of an op with several results
         return f"result {node.args[1]}"
     name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-    if name in VIEWS:
+    if name in VIEWS or (name == "slice_scatter" and _replaces_all(node)):
         return ""
     places = [
         f"{key}={[_number(value, example) for value in pytree.tree_leaves(argument)]}"
@@ -226,6 +226,16 @@ def _moves(node: Node, example: Example) -> str:
         if key in _PLACEMENT and not any(map(_is_tensor, _nodes_in(argument)))
     ]
     return " ".join([name, *places])
+
+
+def _replaces_all(node: Node) -> bool:
+    """A slice_scatter that keeps nothing of its first operand, which Inductor drops where strides allow it."""
+    whole, part = (_shape(node.args[i]) for i in (0, 1))
+    return whole == part
+
+
+def _shape(operand: Any) -> list[str]:
+    return [str(size) for size in operand.meta["val"].shape]
 
 
 def _number(value: Any, example: Example) -> Any:

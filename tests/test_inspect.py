@@ -93,6 +93,18 @@ def test_what_a_forward_saves_is_not_in_the_fingerprint():
     assert inspect(other, x, backward=True).fingerprint != made[1].fingerprint
 
 
+def test_a_slice_that_is_everything_is_not_in_the_fingerprint():
+    """Its gradient is written into zeros at most batch sizes, and dropped by Inductor at batch 1."""
+
+    def narrowed(x):
+        y = x.transpose(0, -1)
+        return y.exp(), (y * y).narrow(1, 0, 1)
+
+    made = [inspect(narrowed, torch.randn(batch, 1, 7).requires_grad_(), backward=True) for batch in (1, 131)]
+    assert len({"slice_scatter" in str(one.certificates[1]) for one in made}) == 2
+    assert made[0].fingerprint == made[1].fingerprint
+
+
 CHANGES = {
     "eps": lambda m, x: (Block(eps=1e-5), x),
     "reduction length": lambda m, x: (Block(width=2 * WIDTH), torch.cat([x, x], 1)),

@@ -45,7 +45,12 @@ def _by_number(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 _OPERANDS = ("input", "grid")
 _MODES = ("bilinear", "nearest", "bicubic")
 _PADDINGS = ("zeros", "border", "reflection")
-_ATEN = {torch.grid_sampler, torch.ops.aten.grid_sampler.default, torch.ops.aten.grid_sampler_2d.default}
+_ATEN = {
+    torch.grid_sampler,
+    torch.grid_sampler_2d,
+    torch.ops.aten.grid_sampler.default,
+    torch.ops.aten.grid_sampler_2d.default,
+}
 
 SAMPLING = (
     Retarget("grid_sampler", frozenset(_ATEN), grid_sampler, leave=_is_a_volume),

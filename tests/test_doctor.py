@@ -147,11 +147,12 @@ def test_the_selector_returns_selectable_tiles_only(capability):
         for n, k in [(1, 17), (16, 4096), (512, 48), (28672, 4096)]:
             for dtype in ("bfloat16", "float32", "float64"):
                 tile = tile_table.tile_for(m, n, k, dtype, tma=True, wide=True, **sizes)
-                shortened = {
-                    doctor.dataclasses.replace(candidate, block_k=tile.block_k)
-                    for candidate in tile_table.candidates(dtype, capability, tma=True, wide=True)
-                }
-                assert tile in shortened
+                possible = tile_table.candidates(dtype, capability, tma=True, wide=True)
+                shortened = [tile_table.shortened(candidate, k) for candidate in possible]
+                assert tile in shortened and all(
+                    doctor.dataclasses.replace(b, block_k=a.block_k, num_stages=a.num_stages) == a
+                    for a, b in zip(possible, shortened, strict=True)
+                )
             for name in quantized_tiles.KINDS:
                 tile = quantized_tiles.tile_for(m, n, k, name, **sizes)
                 assert tile in quantized_tiles.candidates(name, capability)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from inspected import REDUCTIONS, WIDTH, Block
 
-from bi_inductor import OptionError, inspect
+from bi_inductor import OptionError, doctor, inspect
 from bi_inductor.offline import compile_offline
+from bi_inductor.ops import bmm_wide
+from bi_inductor.templates import tile_table
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 
@@ -45,6 +47,19 @@ def test_training_compiles_to_cubins_and_says_what_it_takes():
         needs = kernel.resources()
         assert needs["name"] == kernel.name and needs["registers"] == kernel.registers > 0
         assert needs["spills"] is kernel.spills is False and needs["shared_bytes"] == kernel.shared_bytes
+
+
+@pytest.mark.parametrize("columns", [640, 616])
+def test_a_product_of_one_step_fits_the_shared_memory(columns):
+    """Scores of heads of 64 elements, in fp32: with more stages than steps four tiles took more than a block may."""
+    large = [tile for tile in tile_table.candidates("float16", 90, wide=True) if tile.columns > 128]
+    assert len(large) >= 4
+    for tile in [tile_table.shortened(tile, 64) for tile in large]:
+        with doctor.chosen_in_turn("triton_matmul", "tile_for", [tile]):
+            operands = torch.empty(2, 500, 64).half(), torch.empty(2, 64, columns).half()
+            made = inspect(bmm_wide, *operands, target="sm_90", dynamic=False)
+        (kernel,) = compile_offline(made, "sm_90")
+        assert kernel.shared_bytes <= tile_table._SHARED_BYTES[90], (tile, kernel)
 
 
 def test_no_multiply_is_contracted_into_an_addition():

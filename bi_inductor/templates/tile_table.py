@@ -242,8 +242,12 @@ def _estimated_cost(tile: Tile, itemsize: int) -> Cost:
 
 
 def shortened(tile: Tile, k: int) -> Tile:
-    """``tile`` with no more of K per step than there is: a tail is padded with zeros to a whole step."""
+    """``tile`` with no more of K per step than there is: a tail is padded with zeros to a whole step.
+
+    A single step has nothing to load ahead. With more than one stage Triton would keep their buffers beside those that
+    an fp32 result is stored through: 64x320 tiles took 262,144 bytes of shared memory, more than an H100 has.
+    """
     block_k = tile.block_k
     while block_k > 16 and block_k >= 2 * k:
         block_k //= 2
-    return dataclasses.replace(tile, block_k=block_k)
+    return dataclasses.replace(tile, block_k=block_k, num_stages=1 if k <= block_k else tile.num_stages)

@@ -291,9 +291,14 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def instructions(
-    source: str, count: int, target: str | None = None, *, pattern: re.Pattern[str] = _PRODUCT
+    source: str,
+    count: int,
+    target: str | None = None,
+    *,
+    pattern: re.Pattern[str] = _PRODUCT,
+    step: int = 1,
 ) -> list[str]:
-    """What multiplies in the first ``count`` products of a generated module, each in the order of the module.
+    """What multiplies in every ``step``-th of the first ``count`` products of a generated module, in its order.
 
     ``target``: an architecture of ``targets.TARGETS``, by default this GPU's. "unknown" for one that is not there.
     ``pattern``: what is found in the source of a product's kernel.
@@ -305,12 +310,13 @@ def instructions(
         major, minor = torch.cuda.get_device_capability()
         target = f"sm_{major}{minor}"
     products = [(name, text) for name, text in kernel_definitions(source).items() if pattern.search(text)]
+    chosen = products[:count:step]
     if target not in TARGETS:
-        return ["unknown"] * min(count, len(products))
+        return ["unknown"] * len(chosen)
     try:
-        return [_family(kernel.ptx) for kernel in compile_offline(dict(products[:count]), target)]
+        return [_family(kernel.ptx) for kernel in compile_offline(dict(chosen), target)]
     except Exception:  # a name for the report, which must not cost it
-        return ["unknown"] * min(count, len(products))
+        return ["unknown"] * len(chosen)
 
 
 def _family(ptx: str) -> str:

@@ -122,8 +122,11 @@ def examine(
     with doctor.prepared("triton_attention", "schedule_for", in_turn, tf32=kind.tf32) as sources:
         results = (execute or doctor.on_the_gpu)(_graph, inputs)
     classes = tuple(len({_digest(result) for result in row}) for row in results)
+    count, step = len(runs), len(cases[0])  # named for one mask alone: it takes a compile
     families = [
-        family for source in sources for family in doctor.instructions(source, len(runs), pattern=_KERNEL)
+        family
+        for source in sources
+        for family in doctor.instructions(source, count, pattern=_KERNEL, step=step)
     ]
     family = " + ".join(dict.fromkeys(families)) or "unknown"
     return [AttentionResult(kind.name, family, len(runs), kind.depths, classes, runs=runs)]

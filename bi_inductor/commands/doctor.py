@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bi_inductor.doctor import Result
 
 #: Processes that examine kinds side by side: each has a context on the GPU, of some hundred MiB.
-_MOST_WORKERS = 8
+_MOST_WORKERS = 16
 
 SUMMARY = "Check on this GPU that every tile of a matrix product, and every schedule of attention, gives the same bits."
 EXAMPLE = """examples:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError("doctor runs kernels, and there is no GPU here; inspect needs none")
     began = time.perf_counter()
     names = _chosen(options.kinds)
-    results = examine_all(names, _examine, workers=min(len(names), _MOST_WORKERS, (os.cpu_count() or 2) // 2))
+    results = examine_all(names, _examine, workers=min(len(names), _MOST_WORKERS, os.cpu_count() or 1))
     if options.json:
         print(json.dumps(_as_json(results), indent=2))
     else:

@@ -151,7 +151,8 @@ class Schedule:
     edge_stages: int
 
 
-#: By (elements of more than 2 bytes, padded head dim): not measured yet, but what fits the shared memory of an A100.
+#: By (elements of more than 2 bytes, padded head dim): what fits the shared memory of an A100. On an H100 these, and no
+#: others yet, were timed (docs/prices.md).
 _QUERY_SCHEDULES = {
     (False, 64): Schedule(128, 64, 8, 3, 2),
     (False, 128): Schedule(128, 64, 8, 2, 2),

@@ -94,14 +94,15 @@ def test_what_a_forward_saves_is_not_in_the_fingerprint():
 
 
 def test_a_slice_that_is_everything_is_not_in_the_fingerprint():
-    """Its gradient is written into zeros at most batch sizes, and dropped by Inductor at batch 1."""
+    """Its gradient is written into zeros at most batch sizes, and dropped by Inductor at batch 1, since torch 2.13."""
 
     def narrowed(x):
         y = x.transpose(0, -1)
         return y.exp(), (y * y).narrow(1, 0, 1)
 
     made = [inspect(narrowed, torch.randn(batch, 1, 7).requires_grad_(), backward=True) for batch in (1, 131)]
-    assert len({"slice_scatter" in str(one.certificates[1]) for one in made}) == 2
+    ways = {"slice_scatter" in str(one.certificates[1]) for one in made}
+    assert len(ways) == 2 or torch.__version__ < "2.13"
     assert made[0].fingerprint == made[1].fingerprint
 
 

@@ -2,9 +2,9 @@
 
 A size, or a Python float that Dynamo made an input, is a symbol of a dynamic graph, and what is computed from symbols
 (``x * x.shape[-1] ** 0.3``) is carried out by kernels; in a static graph it is a constant that Python computed. Sums,
-products, quotients and square roots are correctly rounded by both. Powers, sines and logarithms are not: on a CPU 9 of
-400 ``n ** 0.3`` differ in the last of 53 bits, on an H100 one in four ``n ** -0.5``. A tensor that meets such a number
-would follow the compile history (C3), so it is refused.
+products, quotients and square roots are correctly rounded by both. Powers, sines and logarithms are not: some differ in
+the last of 53 bits (tests/test_host_numbers.py). A tensor that meets such a number would follow the compile history
+(C3), so it is refused.
 
 Two may stay where they only meet tensors of fp32 or less, ``n ** -0.5`` and ``n ** 0.5`` of integers: rounded to fp32
 none of them differs below n = 2**22 (tests/test_triton_sizes.py).

@@ -65,9 +65,8 @@ def short_name(op: str) -> str:
 
 def is_movement(entry: Entry) -> bool:
     """True if the op computes nothing: views, copies, selections, arithmetic on sizes."""
-    is_view = (
-        short_name(entry.op) in VIEWS or short_name(entry.op) == "slice_scatter"
-    )  # that replaces everything
+    # A slice_scatter without moves replaces everything.
+    is_view = short_name(entry.op) in (*VIEWS, "slice_scatter")
     return entry.verdict == "INVARIANT" and bool(
         entry.moves or is_view or not entry.dtype or not entry.op.startswith(_OPS)
     )

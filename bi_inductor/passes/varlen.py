@@ -62,17 +62,19 @@ def varlen_attention(
     if block_table is None:
         assert cu_seq_k is not None, "only pages have no places in a pack"
         keys = queries if one_length else _layout(cu_seq_k, max_k, key.shape[0])
-        laid = keys.laid_out(key), keys.laid_out(value)
-        lengths = keys.lengths if seqused_k is None else seqused_k
+        laid, lengths = [keys.laid_out(x) for x in (key, value)], keys.lengths
     else:
         assert seqused_k is not None, "pages are filled up to seqused_k"
-        laid = _from_pages(key, block_table, max_k), _from_pages(value, block_table, max_k)
+        laid, lengths = [_from_pages(x, block_table, max_k) for x in (key, value)], seqused_k
+    if seqused_k is not None:  # a cache is not initialised past it, and zero times NaN would be met
         lengths = seqused_k
+        used = torch.arange(max_k, device=key.device) < lengths[:, None]
+        laid = [torch.where(used[:, None, :, None], x, 0) for x in laid]
     left, right = window_size or (-1, -1)
     right = 0 if is_causal else right
     causal_alone = one_length and right == 0 and left < 0 and seqused_k is None
     visible = None if causal_alone else _visible(queries.lengths, lengths, max_q, max_k, left, right)
-    output, logsumexp = _attend(rows, *laid, visible, causal_alone, scale)
+    output, logsumexp = _attend(rows, laid[0], laid[1], visible, causal_alone, scale)
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return queries.packed(output), queries.packed(logsumexp.unsqueeze(-1)).squeeze(-1).t(), state
 

@@ -3,11 +3,15 @@
 A few, the same in every run; ``python -m fuzzing`` (see ``fuzzing/__init__.py``) draws as many as there is time for.
 """
 
+from argparse import Namespace
+
 import pytest
 import torch
-from fuzzing.campaign import compare_generated, drawn, in_bundles
+from fuzzing.campaign import Outcome, compare_generated, drawn, in_bundles
 from fuzzing.comparison import Case, compare
 from fuzzing.program import BATCH, Program, Step, Value
+from fuzzing.records import Counts, summed
+from fuzzing.schedule import Draw, Schedule
 from fuzzing.shrinking import shrunk
 from fuzzing.strategies import programs
 from hypothesis import given, settings
@@ -84,3 +88,31 @@ def test_a_violation_shrinks_to_a_snippet():
     namespace = {}
     exec(snippet.replace('backend="batchinv"', 'backend="eager"'), namespace)
     assert namespace["x0"].shape == (9, 5, 130)
+
+
+def _run(schedule, graphs, rounds):
+    """Two tasks at a time, the later one finished first: the bundles among them."""
+    ran = []
+    for _ in range(rounds):
+        for task in reversed([task for task in (schedule.next(), schedule.next()) if task]):
+            if isinstance(task, Draw):
+                schedule.finish(task, graphs.get(task.seed, []))
+            else:
+                ran.append(task.graphs)
+                schedule.finish(task, Outcome(Counts(graphs=len(task.graphs) - 1, failed=1)))
+    return ran
+
+
+def test_a_campaign_goes_on_where_it_ended(tmp_path):
+    """No graph is left out or run twice, nor is one that a lower seed has."""
+    several = list(drawn(12, start=4))
+    graphs = {0: several[:7], 1: several[:2] + several[7:]}
+    options = {"csv": tmp_path / "campaign.csv", "target": "sm_90", "seed": 0, "minutes": None, "shrink": 0}
+    options |= {"graphs": 1000, "bundle": 2}
+    ran = _run(Schedule(Namespace(**options)), graphs, rounds=3)
+    ran += _run(Schedule(Namespace(**options)), graphs, rounds=20)
+    together = [graph for bundle in ran for graph in bundle]
+    assert len(together) == 12 and set(together) == set(several)
+    (counts,) = summed(options["csv"]).values()
+    assert counts["failed"] == len(ran) and counts["graphs"] == 12 - len(ran)
+    assert Schedule(Namespace(**{**options, "minutes": -1})).next() is None

@@ -7,4 +7,7 @@
 ``strategies``  how they are drawn
 ``comparison``  what is run and compared, and counted
 ``shrinking``   a violation cut down to a runnable snippet
+``campaign``    bundles of graphs compared and counted
+``schedule``    which bundle is next, and the line of the CSV for one that is finished
+``workers``     the processes that share them
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import itertools
 import random
 import re
@@ -23,12 +25,9 @@ from bi_inductor.errors import NotCompiledError
 
 from .comparison import HISTORIES, SIZES, WHOLE, Case, Tally, compare
 from .program import Program, bundled
-from .records import Counts, append, seeds
+from .records import Counts
 from .shrinking import shrunk
 from .strategies import programs
-
-#: Graphs of one seed: a line of the CSV, minutes of a machine.
-_GRAPHS_A_SEED = 48
 
 
 def drawn(number: int, start: int) -> Iterator[Program]:
@@ -73,13 +72,24 @@ class _Trial:
     histories: tuple[str, ...]
 
 
-class _Campaign:
-    """The graphs of one seed."""
+@dataclasses.dataclass
+class Outcome:
+    """Of one bundle: counts, first lines of errors and how often, what is to be printed, violations cut down."""
 
-    def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
-        self.arguments, self.counts = arguments, Counts()
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    messages: Counter[str] = dataclasses.field(default_factory=Counter)
+    report: str = ""
+    seconds: float = 0.0
+    shrunk: int = 0
+
+
+class _Campaign:
+    """The graphs of one bundle; ``seed`` is for what they go through."""
+
+    def __init__(self, arguments: argparse.Namespace, seed: str) -> None:
+        self.arguments, self.outcome = arguments, Outcome()
+        self.counts, self.messages = self.outcome.counts, self.outcome.messages
         self.random = random.Random(seed)
-        self.messages: Counter[str] = Counter()
 
     @property
     def runs(self) -> bool:
@@ -159,10 +169,14 @@ class _Campaign:
             print(
                 f"VIOLATION {found[:4]}\n{group[graph].source()}", *map(str, group[graph].arguments), sep="\n"
             )
-            if self.arguments.shrink > 0 and self.runs:
-                self.arguments.shrink -= 1
-                smallest = shrunk(group[graph], lambda p: bool(self._tally([p], trial).violations))
+            if self.arguments.shrink > self.outcome.shrunk and self.runs:
+                self.outcome.shrunk += 1
+                smallest = shrunk(group[graph], lambda p: self._still_violates(p, trial))
                 print(f"SHRUNK\n{smallest.snippet(WHOLE, 0, found[0].comparison)}", flush=True)
+
+    def _still_violates(self, program: Program, trial: _Trial) -> bool:
+        """False once the time is over."""
+        return time.time() < self.arguments.deadline and bool(self._tally([program], trial).violations)
 
 
 def compare_generated(
@@ -193,40 +207,11 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 
-def campaign(arguments: argparse.Namespace) -> int:
-    """Run it seed by seed, print the counts, append them to the CSV; 1 if anything was violated or failed."""
-    torch.set_num_threads(2)
-    done = seeds(arguments.csv, arguments.target) if arguments.csv else set()
-    known: set[Program] = set()
-    total, messages, start = Counts(), Counter[str](), time.monotonic()
-    for number in itertools.count(arguments.seed):
-        if total["graphs"] >= arguments.graphs or _over(arguments, start):
-            break
-        fresh = [p for p in drawn(_GRAPHS_A_SEED, number) if p not in known]
-        known.update(fresh)
-        if number not in done:
-            running = _one_seed(arguments, number, fresh, start)
-            total += running.counts
-            messages += running.messages
-            print(f"{(time.monotonic() - start) / 60:.1f} min, seed {number}: {total}", flush=True)
-    for message, times in messages.most_common(30):
-        print(f"{times:5} {message}")
-    return int(bool(total["violating"] or total["failed"]))
-
-
-def _over(arguments: argparse.Namespace, start: float) -> bool:
-    return arguments.minutes is not None and time.monotonic() - start > 60 * arguments.minutes
-
-
-def _one_seed(
-    arguments: argparse.Namespace, number: int, graphs: Sequence[Program], start: float
-) -> _Campaign:
-    """All bundles of ``graphs``, and a line of the CSV."""
-    running, begun = _Campaign(arguments, number), time.monotonic()
-    for group in in_bundles(graphs, arguments.bundle):
-        if _over(arguments, start):
-            break
-        running.bundle(group)
-    if arguments.csv:
-        append(arguments.csv, arguments.target, number, running.counts, time.monotonic() - begun)
-    return running
+def run_bundle(arguments: argparse.Namespace, seed: str, graphs: Sequence[Program]) -> Outcome:
+    """Compare ``graphs``; ``seed``: of the sizes and histories that are drawn for them."""
+    running, begun, printed = _Campaign(arguments, seed), time.monotonic(), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        running.bundle(graphs)
+    running.outcome.seconds = time.monotonic() - begun
+    running.outcome.report = printed.getvalue()
+    return running.outcome

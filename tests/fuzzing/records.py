@@ -1,4 +1,4 @@
-"""The counts of campaigns as CSV, one line for each seed: what a later run goes on from, and what is added up."""
+"""The counts of campaigns as CSV, a line for each bundle: what a later run goes on from, and what is added up."""
 
 from __future__ import annotations
 
@@ -39,9 +39,13 @@ def append(path: str | Path, target: str, seed: int, counts: Counts, seconds: fl
         writer.writerow(row)
 
 
-def seeds(path: str | Path, target: str) -> set[int]:
-    """Seeds that were run for ``target``."""
-    return {int(line["seed"]) for line in lines(path) if line["target"] == target}
+def finished(path: str | Path, target: str) -> Counter[int]:
+    """Seed -> how many of its graphs were run for ``target``, refused or failed: the first ones."""
+    done = Counter[int]()
+    for line in lines(path):
+        if line["target"] == target:
+            done[int(line["seed"])] += sum(int(line[name]) for name in ("graphs", "refused", "failed"))
+    return done
 
 
 def summed(path: str | Path) -> dict[tuple[str, str], Counts]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import contract
 from .attention_backward_op import LOG2_E, as_batch, attention_backward, composite, empty_heads, scores
 from .ops import _LIBRARY, wide_dtype
 
@@ -57,7 +58,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
-    """``attention_backward_op.py``; where a mask of floats needs a gradient, which is all of ds, its composite."""
+    """``attention_backward_op.py``; its composite where a mask of floats needs a gradient, which is all of ds, and for
+    heads that its kernels do not hold."""
     query, key, value, mask, output, logsumexp = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
@@ -66,9 +68,11 @@ def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> t
         delta = delta - grad_logsumexp * LOG2_E
     inputs = (grad, query, key, value, mask, logsumexp, delta, ctx.is_causal, ctx.scale)
     dmask = None
-    if ctx.needs_input_grad[3] and mask is not None:
+    needs_mask = ctx.needs_input_grad[3] and mask is not None
+    widths = int(query.shape[-1]), int(value.shape[-1])
+    if needs_mask or contract.attention_gradient_form(*widths, query.dtype) is None:
         dq, dk, dv, ds = composite(*inputs)
-        dmask = ds.to(mask.dtype)
+        dmask = ds.to(mask.dtype) if needs_mask else None
     else:
         dq, dk, dv = attention_backward(*inputs)
     return dq, dk, dv, dmask, None, None

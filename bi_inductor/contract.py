@@ -211,13 +211,26 @@ _NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK = 512, 8192, 2048
 
 
 def attention_form(head_dim: int, value_dim: int, dtype: Any, *, tf32: bool = False) -> Attention | None:
-    """The form of attention over heads of these sizes on a GPU, or None where there is none (fp64; wide heads)."""
+    """The form of attention over heads of these sizes on a GPU, or None where there is none.
+
+    There is none for fp64, for fp32 beyond 256 elements, and beyond 576 elements (512 of values): MLA's latent heads.
+    """
     name = str(dtype).removeprefix("torch.")
     widest = max(head_dim, value_dim)
-    if name not in ("bfloat16", "float16", "float32") or not 0 < widest <= 256:
+    is_held = widest <= 256 or (widest <= 576 and value_dim <= 512 and name != "float32")
+    if name not in ("bfloat16", "float16", "float32") or min(head_dim, value_dim) <= 0 or not is_held:
         return None
     tile = 64 if widest <= 128 else 32
     accumulator = "tf32/float32" if tf32 and name == "float32" else "float32"
     return Attention(
         accumulator, tile // 2 if name == "float32" else tile, _NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK
     )
+
+
+def attention_gradient_form(
+    head_dim: int, value_dim: int, dtype: Any, *, tf32: bool = False
+) -> AttentionGradient | None:
+    """The form of attention's gradients in two kernels, or None where they are products that store all scores."""
+    form = attention_form(head_dim, value_dim, dtype, tf32=tf32)
+    is_held = form is not None and max(head_dim, value_dim) <= 256
+    return AttentionGradient(form.accumulator) if form is not None and is_held else None

@@ -67,13 +67,15 @@ class Kind:
     @property
     def schedules(self) -> tuple[Schedule, ...]:
         """All that may be chosen."""
-        return triton_attention.schedules(self.form, self.width, self.dtype.itemsize)
+        width = triton_attention.padded(self.width)
+        return triton_attention.schedules(self.form, width, self.dtype.itemsize)
 
 
 KINDS = (
     Kind("attention-bfloat16", torch.bfloat16, 64),
     Kind("attention-bfloat16-128", torch.bfloat16, 128),
     Kind("attention-bfloat16-wide", torch.bfloat16, 256),
+    Kind("attention-bfloat16-latent", torch.bfloat16, 320),
     Kind("attention-float16", torch.float16, 64),
     Kind("attention-tf32", torch.float32, 64, tf32=True),
     Kind("attention-float32", torch.float32, 64),

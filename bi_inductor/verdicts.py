@@ -320,14 +320,13 @@ def _attention(node: Node) -> Ruling:
 def _attention_backward(node: Node) -> Ruling:
     query, value = _value(node.args[1]), _value(node.args[3])
     widths = int(query.shape[-1]), int(value.shape[-1])
-    form = contract.attention_form(
-        *widths, query.dtype, tf32=query.dtype == torch.float32 and _tf32_is_allowed()
-    )
+    tf32 = query.dtype == torch.float32 and _tf32_is_allowed()
+    form = contract.attention_gradient_form(*widths, query.dtype, tf32=tf32)
     if form is None or query.device.type != "cuda":
         return _refusal(
             f"the gradient of attention of {query.dtype} over heads of {widths} elements has no kernel"
         )
-    return Ruling(Verdict.CANONICAL, contract.AttentionGradient(form.accumulator))
+    return Ruling(Verdict.CANONICAL, form)
 
 
 @_special("sort")

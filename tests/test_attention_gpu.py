@@ -36,8 +36,8 @@ def masked(query, key, value, mask):
 
 def operands(batch, heads, key_heads, queries, keys, head_dim, dtype=torch.bfloat16):
     torch.manual_seed(0)
-    shapes = ((heads, queries), (key_heads, keys), (key_heads, keys))
-    return [torch.randn(batch, *shape, head_dim, device="cuda").to(dtype) for shape in shapes]
+    shapes = ((heads, queries, head_dim), (key_heads, keys, head_dim), (key_heads, keys, min(head_dim, 512)))
+    return [torch.randn(batch, *shape, device="cuda").to(dtype) for shape in shapes]
 
 
 def exact(fn, *inputs):
@@ -81,6 +81,14 @@ def test_every_schedule_has_the_same_bits(fn, dtype, head_dim):
         assert same_bits(result, results[0]), schedule
 
 
+def test_latent_heads_in_every_schedule():
+    inputs = operands(1, 16, 1, 700, 700, 576)
+    schedules = (Schedule(16, 8, 2, True), Schedule(16, 4, 2, False), Schedule(64, 8, 2, False))
+    results = [forced(causal, schedule, *inputs) for schedule in schedules]
+    assert_accurate(results[0], exact(causal, *inputs))
+    assert all(same_bits(result, results[0]) for result in results)
+
+
 def test_fp32_schedules_have_the_same_bits():
     inputs = operands(1, 4, 2, 600, 600, 64, torch.float32)
     schedules = (Schedule(16, 4, 2, True), Schedule(32, 8, 2, False), Schedule(32, 4, 2, False))
@@ -89,7 +97,7 @@ def test_fp32_schedules_have_the_same_bits():
     assert all(same_bits(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256, 576])
 def test_decoding_gives_the_bits_of_prefill(head_dim):
     """At tile, chunk and far-chunk borders, one graph for all lengths."""
     length = 8192 + 2048 + 100

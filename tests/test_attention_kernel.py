@@ -15,6 +15,7 @@ from bi_inductor import contract, inspect, oracle, verifier
 from bi_inductor.attention_op import attention
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.offline import compile_offline
+from bi_inductor.templates import triton_attention
 from bi_inductor.testing import same_bits
 
 causal = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
@@ -65,8 +66,10 @@ def short_chunks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_chunks_are_whole_tiles(dtype):
-    for width in range(1, 257):
+    for width in range(1, 257 if dtype == torch.float32 else 577):
         form = contract.attention_form(width, 128, dtype)
+        first, rest = triton_attention.pieces(width)
+        assert first + rest >= width and first + rest <= max(16, 1 << (width - 1).bit_length())
         assert form.near_chunk % form.tile == form.far_chunk % form.tile == 0
         assert form.near_keys % form.near_chunk == 0
         assert form.free_symbols == set()
@@ -74,8 +77,10 @@ def test_chunks_are_whole_tiles(dtype):
 
 def test_what_has_no_form():
     assert contract.attention_form(64, 64, torch.float64) is None
-    assert contract.attention_form(257, 64, torch.bfloat16) is None
-    assert contract.attention_form(64, 512, torch.bfloat16) is None
+    assert contract.attention_form(257, 64, torch.float32) is None
+    assert contract.attention_form(577, 512, torch.bfloat16) is None
+    assert contract.attention_form(576, 576, torch.bfloat16) is None
+    assert contract.attention_gradient_form(576, 512, torch.bfloat16) is None
 
 
 def test_tf32_is_another_form():
@@ -102,17 +107,27 @@ def test_nothing_to_attend_to(sizes):
 # ---------------------------------------------------------------- the kernels' sums
 
 
-def test_the_oracles_bits(short_chunks):
-    inputs = operands(1, 2, 1, 40, 150, 24, 20)
+@pytest.mark.parametrize(("head_dim", "value_dim", "keys"), [(24, 20, 150), (576, 512, 70)])
+def test_the_oracles_bits(short_chunks, head_dim, value_dim, keys):
+    """Of MLA's latent heads, too, which are held in two pieces."""
+    inputs = operands(1, 2, 1, 40, keys, head_dim, value_dim)
     result = run_in_interpreter(full, *inputs)
     assert_accurate(result, full(*(x.double() for x in inputs)))
     query, key, value = inputs
-    form = short_chunks(24, 20, torch.bfloat16)
+    form = short_chunks(head_dim, value_dim, torch.bfloat16)
     for head in range(2):
         expected = oracle.attention(
-            query[0, head], key[0, 0], value[0, 0], form, scale=1 / math.sqrt(24), elementwise=Numpy
+            query[0, head], key[0, 0], value[0, 0], form, scale=1 / math.sqrt(head_dim), elementwise=Numpy
         )
         assert same_bits(result[0, head], expected)
+
+
+def test_decoding_latent_heads_gives_the_bits_of_prefill(short_chunks):
+    """Values are the first elements of the keys, as in MLA's cache."""
+    query, cache, _ = operands(1, 2, 1, 40, 40, 576)
+    prefill = run_in_interpreter(causal, query, cache, cache[..., :512])
+    row = run_in_interpreter(full, query[:, :, -1:], cache, cache[..., :512])
+    assert same_bits(row, prefill[:, :, -1:])
 
 
 def test_decoding_gives_the_oracles_bits_of_prefill(short_chunks):
@@ -172,6 +187,14 @@ def test_cubins(target):
     ):
         for kernel in compile_offline(inspect(fn, *inputs, target=target), target):
             assert 0 < kernel.registers <= 255 and kernel.stack_bytes <= 512, str(kernel)
+
+
+@pytest.mark.parametrize(("target", "shared"), [("sm_80", 163 << 10), ("sm_90", 227 << 10)])
+def test_latent_heads_fit(target, shared):
+    for fn, queries in ((causal, 300), (full, 1)):
+        inputs = operands(1, 128, 1, queries, 4096, 576, 512)
+        for kernel in compile_offline(inspect(fn, *inputs, target=target), target):
+            assert kernel.shared_bytes <= shared and kernel.stack_bytes <= 256, str(kernel)
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +266,9 @@ def test_the_op_maps_to_one_op():
     assert same_bits(mapped.flatten(0, 1), attention(query, key, value, None, True, 0.3)[0])
 
 
-def test_the_backward_is_made_of_canonical_ops():
-    inputs = [x.float().requires_grad_() for x in operands(2, 4, 2, 33, 33, 16)]
+@pytest.mark.parametrize(("dtype", "widths"), [(torch.float32, (16, 16)), (torch.bfloat16, (576, 512))])
+def test_the_backward_is_made_of_canonical_ops(dtype, widths):
+    inputs = [x.to(dtype).requires_grad_() for x in operands(2, 4, 2, 33, 33, *widths)]
     graphs = inspect(causal, *inputs, backward=True).graphs
     assert len(graphs) == 2
     for graph in graphs:

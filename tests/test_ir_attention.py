@@ -59,12 +59,12 @@ def test_a_step_adds_neighbouring_keys_in_every_schedule(mask, target):
     assert families == ({"mma.sync", "wgmma"} if target == "sm_90" else {"mma.sync"})
 
 
-@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("width", [64, 256, 320])
 def test_so_does_every_selectable_schedule(width):
     """Behind a mask of bools: what narrow heads and wide ones may run with."""
     form = contract.attention_form(width, width, torch.bfloat16)
     inputs = [torch.randn(1, 1, length, width).bfloat16() for length in (40, 600, 600)]
-    for schedule in triton_attention.schedules(form, width, itemsize=2):
+    for schedule in triton_attention.schedules(form, triton_attention.padded(width), itemsize=2):
         found = steps(schedule, torch.ones(1, 1, 40, 600, dtype=torch.bool), inputs=inputs)
         assert not found.wrong and {step.depth for step in found.found} == {16}, schedule
 

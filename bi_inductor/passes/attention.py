@@ -1,8 +1,8 @@
 """``scaled_dot_product_attention`` in one form per device and dtype, for every shape.
 
 Stock dispatch picks flash, memory-efficient, cuDNN or math by shape. Here a query row on a GPU is the ATTENTION form of
-``contract.py``, one kernel, for bf16, fp16 and fp32 and heads of up to 256 elements. For fp64, wider heads, dropout and
-on the CPU it is two matrix products around one softmax::
+``contract.py``, one kernel, for bf16 and fp16 and heads of up to 576 elements (512 of values), as MLA has, and for fp32
+and heads of up to 256. For fp64, wider heads, dropout and on the CPU it is two matrix products around one softmax::
 
     s[j] = (sum_e q[e] * k[j, e]) * scale      e ascending, fp32, never rounded to the input dtype
     s[j] = mask[j] ? s[j] : -inf               or s[j] + mask[j], in fp32

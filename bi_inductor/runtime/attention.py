@@ -18,6 +18,7 @@ accumulator holds columns 8 g + 2 i and 8 g + 2 i + 1 of a row for one i: no row
 ``p @ ones`` 371.) Chunks exist for decoding, where they run side by side. The state of the chunks before is kept in
 registers while the next one is computed: parking it in memory was slower at every size (435 and 387 at 1024 keys).
 
+A head dim is one chain; where a power of two does not hold it well, it is loaded in two pieces (576 = 512 + 64).
 Rows, warps, how rows are packed into a tile, and whether one program or several compute the chunks are free.
 """
 
@@ -82,7 +83,7 @@ def load_rows(base, rows, columns, stride_row, stride_column, row_mask, LENGTH: 
     """
     pointers = base + (rows * stride_row + columns * stride_column)
     WIDTH: tl.constexpr = columns.numel
-    if WIDTH == LENGTH:
+    if WIDTH <= LENGTH:
         if row_mask is None:
             values = tl.load(pointers)
         else:
@@ -93,6 +94,22 @@ def load_rows(base, rows, columns, stride_row, stride_column, row_mask, LENGTH: 
             inside = inside & row_mask
         values = tl.load(pointers, mask=inside, other=0.0)
     return values
+
+
+@triton.jit
+def load_query(base, rows, stride_row, stride_column, row_mask, SHAPE: tl.constexpr):
+    """Rows [M, BLOCK_D] of queries, and what is left of them [M, BLOCK_REST] where a head has two pieces."""
+    D: tl.constexpr = SHAPE[1]
+    BLOCK_D: tl.constexpr = SHAPE[2]
+    BLOCK_REST: tl.constexpr = SHAPE[6]
+    q = load_rows(base, rows, tl.arange(0, BLOCK_D)[None, :], stride_row, stride_column, row_mask, D)
+    if BLOCK_REST:
+        rest = base + BLOCK_D * stride_column
+        columns = tl.arange(0, BLOCK_REST)[None, :]
+        pieces = (q, load_rows(rest, rows, columns, stride_row, stride_column, row_mask, D - BLOCK_D))
+    else:
+        pieces = (q, q)
+    return pieces
 
 
 @triton.jit
@@ -139,6 +156,7 @@ def _tile(
     DV: tl.constexpr = SHAPE[3]
     BLOCK_DV: tl.constexpr = SHAPE[4]
     INDEX: tl.constexpr = SHAPE[5]
+    BLOCK_REST: tl.constexpr = SHAPE[6]
     CAUSAL: tl.constexpr = SCORES[0]
     MASK: tl.constexpr = SCORES[1]
     SCALE: tl.constexpr = SCORES[2]
@@ -151,7 +169,12 @@ def _tile(
         exists = (keys < key_count)[None, :]
     dims = tl.arange(0, BLOCK_D)[:, None]
     k = load_rows(k_base, keys.to(INDEX)[None, :], dims, stride_kn, stride_kd, exists, D)
-    t = tl.dot(q, k, input_precision=PRECISION)
+    t = tl.dot(q[0], k, input_precision=PRECISION)
+    if BLOCK_REST:  # the chain goes on
+        dims = tl.arange(0, BLOCK_REST)[:, None]
+        rest = k_base + BLOCK_D * stride_kd
+        k = load_rows(rest, keys.to(INDEX)[None, :], dims, stride_kn, stride_kd, exists, D - BLOCK_D)
+        t = tl.dot(q[1], k, t, input_precision=PRECISION)
     if SCALE_FIRST:
         if SCALE == 1.0:  # a choice that is none: Triton would start the dot from what is added to it next
             t = tl.where(t == 0.0, 0.0, t)
@@ -199,9 +222,9 @@ def one_chunk(
     """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row."""
     BLOCK_N: tl.constexpr = SHAPE[0]
     EDGE_STAGES: tl.constexpr = STAGES[1]
-    m = tl.full((q.shape[0],), LOWEST, tl.float32)
-    sums = tl.zeros((q.shape[0], 4), tl.float32)
-    acc = tl.zeros((q.shape[0], SHAPE[4]), tl.float32)
+    m = tl.full((q[0].shape[0],), LOWEST, tl.float32)
+    sums = tl.zeros((q[0].shape[0], 4), tl.float32)
+    acc = tl.zeros((q[0].shape[0], SHAPE[4]), tl.float32)
     edge = low
     if SCORES[1] == 0:
         edge = tl.maximum(tl.minimum(high, full), low)
@@ -230,9 +253,9 @@ def all_chunks(
     STAGES: tl.constexpr,
 ):
     """(m, sums, acc) of keys 0 ... end - 1, chunk after chunk."""
-    m = tl.full((q.shape[0],), LOWEST, tl.float32)
-    sums = tl.zeros((q.shape[0],), tl.float32)
-    acc = tl.zeros((q.shape[0], SHAPE[4]), tl.float32)
+    m = tl.full((q[0].shape[0],), LOWEST, tl.float32)
+    sums = tl.zeros((q[0].shape[0],), tl.float32)
+    acc = tl.zeros((q[0].shape[0], SHAPE[4]), tl.float32)
     for chunk in tl.range(0, chunk_count(end, CHUNKS[0], CHUNKS[1], CHUNKS[2]), num_stages=1):
         low = chunk_start(chunk, CHUNKS[0], CHUNKS[1], CHUNKS[2])
         high = tl.minimum(chunk_start(chunk + 1, CHUNKS[0], CHUNKS[1], CHUNKS[2]), end)

@@ -46,8 +46,6 @@ ROWS = r"""
     q_base = Q + idx_b * ({{stride("Q", 0)}}) + idx_h * ({{stride("Q", 1)}})
     k_base = K + idx_b * ({{stride("K", 0)}}) + key_head * ({{stride("K", 1)}})
     v_base = V + idx_b * ({{stride("V", 0)}}) + key_head * ({{stride("V", 1)}})
-    dims = tl.arange(0, BLOCK_D)[None, :]
-    q = attention.load_rows(q_base, idx_m, dims, {{stride("Q", 2)}}, {{stride("Q", 3)}}, exists, D)
     k_and_v = (k_base, {{stride("K", 2)}}, {{stride("K", 3)}}, v_base, {{stride("V", 2)}}, {{stride("V", 3)}})
 {% if MASK %}
     mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + idx_h * ({{stride("MASKS", 1)}})
@@ -68,10 +66,11 @@ ROWS = r"""
 """
 
 _CONSTANTS = r"""
-    SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
+    SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE, BLOCK_REST)
     SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION)
     CHUNKS: tl.constexpr = (NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
+    q = attention.load_query(q_base, idx_m, {{stride("Q", 2)}}, {{stride("Q", 3)}}, exists, SHAPE)
 """
 
 WHOLE = (
@@ -183,26 +182,32 @@ def schedule_for(
     width: int,
     itemsize: int,
     sm_count: int,
+    major: int,
 ) -> Schedule:
     """The schedule for ``rows`` (None: only known at run time) of each of ``pairs`` key heads over ``keys`` keys.
 
-    ``width``: the larger of the two head dims, padded. From a sweep on an H100; no number here reaches a bit.
+    ``width``: the larger of the two head dims, padded; ``major``: of the compute capability. From a sweep on an H100,
+    beyond a width of 256 from registers and shared memory alone; no number here reaches a bit.
     """
     small = 16 if rows is not None and rows <= 16 else 32 if rows is not None and rows <= 32 else 64
     if itemsize > 2:
         small = min(small, 32 if width <= 128 else 16)
     programs = pairs * -(-(rows or 1 << 20) // small)
     split = keys > form.near_chunk and rows is not None and (programs < sm_count or rows <= 32)
+    split = split and programs * small * width * 4 <= 1 << 24
+    if width > 256 and not split and major < 9:
+        small = 16  # of more rows the two states do not fit in registers beside queries, which wgmma reads elsewhere
     warps = 4 if width <= 128 and itemsize == 2 else 8
     stages = 3 if width <= 128 and itemsize == 2 else 2
-    return Schedule(small, warps, stages, split and programs * small * width * 4 <= 1 << 24)
+    return Schedule(small, warps, stages, split)
 
 
 def schedules(form: contract.Attention, width: int, itemsize: int) -> tuple[Schedule, ...]:
     """Every schedule that ``schedule_for`` can return, for heads of ``width`` and elements of ``itemsize`` bytes."""
     lengths = (form.near_chunk, form.near_chunk + 1)
     found = [
-        schedule_for(rows, pairs, keys, form, width, itemsize, sm_count=132)
+        schedule_for(rows, pairs, keys, form, width, itemsize, sm_count=132, major=major)
+        for major in (8, 9)
         for rows in (1, 17, 33, None)
         for pairs in (1, 1 << 20)
         for keys in lengths
@@ -218,6 +223,15 @@ def static_size(length: Any) -> int | None:
 def padded(length: int) -> int:
     """The size of a tile's dimension that holds ``length`` elements."""
     return max(16, 1 << (length - 1).bit_length())
+
+
+def pieces(head_dim: int) -> tuple[int, int]:
+    """Sizes of the one or two dimensions of tiles that hold ``head_dim`` elements; 0 for no second one."""
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    if head_dim <= 128 or rest == 0 or first + padded(rest) == padded(head_dim):
+        return padded(head_dim), 0
+    return first, padded(rest)
 
 
 def chunk_total(keys: Any, form: contract.Attention) -> Any:
@@ -244,6 +258,7 @@ def attention(
     form = contract.attention_form(head_dim, value_dim, dtype, tf32=tf32_is_allowed())
     assert form is not None, "the ruling on this op came first"
     group = FloorDiv(heads, key_heads)
+    properties = DeviceProperties.create(device)
     hints = V.graph.sizevars.optimization_hints([batch, key_heads, keys])
     schedule = schedule_for(
         static_size(queries * group),
@@ -252,7 +267,8 @@ def attention(
         form,
         padded(max(head_dim, value_dim)),
         dtype.itemsize,
-        DeviceProperties.create(device).multi_processor_count,
+        properties.multi_processor_count,
+        properties.major,
     )
     constants = _constants(form, schedule, head_dim, value_dim, mask, is_causal, scale)
     rows = [batch, heads, queries]
@@ -313,7 +329,8 @@ def _constants(
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": form.tile,
         "D": head_dim,
-        "BLOCK_D": padded(head_dim),
+        "BLOCK_D": pieces(head_dim)[0],
+        "BLOCK_REST": pieces(head_dim)[1],
         "DV": value_dim,
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,

@@ -37,9 +37,13 @@ QUERY_GRADIENTS = (
 {{def_kernel("Q", "K", "V", "G", "LSE", "DELTA")}}
 {% endif %}
 """
-    + ROWS.replace("attention.load_rows", "attention_backward.load_rows")
+    + ROWS
     + _CONSTANTS
     + r"""
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    q = attention_backward.load_rows(
+        q_base, idx_m, dims, {{stride("Q", 2)}}, {{stride("Q", 3)}}, exists, D
+    )
     g_base = G + idx_b * ({{stride("G", 0)}}) + idx_h * ({{stride("G", 1)}})
     g = attention_backward.load_rows(g_base, idx_m, idx_d, {{stride("G", 2)}}, {{stride("G", 3)}}, exists, DV)
     row = (idx_b * {{size("Q", 1)}} + idx_h) * {{size("Q", 2)}} + idx_m

@@ -37,8 +37,7 @@ _BOUND = {
     "q_base": ["Q + idx_b * (#) + idx_h * (#)"],
     "k_base": ["K + idx_b * (#) + key_head * (#)"],
     "v_base": ["V + idx_b * (#) + key_head * (#)"],
-    "dims": ["tl.arange(0, BLOCK_D)[None, :]"],
-    "q": ["attention.load_rows(q_base, idx_m, dims, #, #, exists, D)"],
+    "q": ["attention.load_query(q_base, idx_m, #, #, exists, SHAPE)"],
     "k_and_v": ["(k_base, #, #, v_base, #, #)"],
     "mask_base": ["MASKS + idx_b * (#) + idx_h * (#)"],
     "mask_and_rows": ["(mask_base, #, idx_m, exists)", "(0, 0, idx_m, exists)"],
@@ -46,7 +45,7 @@ _BOUND = {
     "last_position": ["(tl.minimum(tile * BLOCK_M + BLOCK_M, ROWS) - 1) // GROUP"],
     "end": ["tl.minimum(KEYS, last_position + 1)", "KEYS"],
     "full": ["tl.minimum(KEYS, first_position + 1) // BLOCK_N * BLOCK_N", "KEYS // BLOCK_N * BLOCK_N"],
-    "SHAPE": ["(BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)"],
+    "SHAPE": ["(BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE, BLOCK_REST)"],
     "SCORES": ["(CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION)"],
     "CHUNKS": [f"({_BORDERS})"],
     "STAGES": ["(FULL_STAGES, EDGE_STAGES)"],
@@ -97,7 +96,7 @@ _PATTERNS = {
 }
 _ALL_CORES = _CORES | backward.CORES
 #: What calls of ``runtime/attention.py`` an emitted kernel may make.
-CALLS = frozenset(["chunk_start", "finish", "load_rows", *_CORES])
+CALLS = frozenset(["chunk_start", "finish", "load_query", *_CORES])
 
 
 class AttentionProgram:

@@ -26,6 +26,7 @@ BOUND = {
     "exists": ["idx_n < KEYS"],
     "q_base": ["Q + idx_b * (#) + first_head * (#)"],
     "g_base": ["G + idx_b * (#) + idx_h * (#)", "G + idx_b * (#) + first_head * (#)"],
+    "dims": ["tl.arange(0, BLOCK_D)[None, :]"],
     "q": [f"{_ROOM}.load_rows(q_base, idx_m, dims, #, #, exists, D)"],
     "g": [f"{_ROOM}.load_rows(g_base, idx_m, idx_d, #, #, exists, DV)"],
     "k": [f"{_ROOM}.load_rows(k_base, idx_n, dims, #, #, exists, D)"],

@@ -25,7 +25,7 @@ from torch.fx import Node
 from . import numerics
 from .numerics import Comparison
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _MARKER = "# batchinv certificate: "
 

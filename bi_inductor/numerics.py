@@ -2,6 +2,9 @@
 
 An op that computes is what it is (op, form at the example's lengths, dtype, constants) and what it reads. Views and
 copies compute nothing and are looked through; ops that select, permute or join elements are part of what is read.
+
+A product and the transpose of the product of its transposed operands, ``a @ b`` and ``(b.T @ a.T).T``, are one: each
+element is the same chain, with the factors of its products exchanged. Autograd chooses between them by strides.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ VIEWS = frozenset(
     unsqueeze unsqueeze_copy clone contiguous detach copy copy_ lift_fresh_copy broadcast_in_dim collapse_view
     split_dim view_of device_put row_major _assert_async _assert_scalar _assert_tensor_metadata""".split()
 )
+
+#: Of these, the ones that change no dimension.
+_COPIES = frozenset("alias clone contiguous detach lift_fresh_copy device_put row_major".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,37 @@ def is_movement(entry: Entry) -> bool:
     )
 
 
+#: Ops that multiply their last two operands as matrices, and the rank of what they read and return.
+_PRODUCTS = {"mm": 2, "_int_mm": 2, "addmm": 2, "mm_from": 2, "bmm": 3, "bmm_wide": 3, "baddbmm": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    """A tensor: ``digest`` of it and of everything behind it, and that of its transpose where it is known.
+
+    Transposed: with the last two dimensions exchanged. It is not known of a view, which may have other dimensions.
+    """
+
+    digest: str
+    transpose: str = ""
+
+    def transposed(self, rank: int) -> _Value:
+        dims = [*range(rank - 2), rank - 1, rank - 2]
+        return _Value(self.transpose or _sha(f"permute dims={dims} [{self.digest}]"), self.digest)
+
+
+_Values: TypeAlias = dict[str, _Value]
+
+
+def _transposed_rank(entry: Entry) -> int:
+    """The rank of a tensor whose last two dimensions ``entry`` exchanges; 0 for any other op."""
+    permuted = re.fullmatch(r"permute dims=\[([-\d, ]+)\]", entry.moves)
+    dims = [int(dim) for dim in permuted[1].split(",")] if permuted else []
+    rank = len(dims)
+    expected = [*range(rank - 2), rank - 1, rank - 2]
+    return rank if rank > 1 and [dim % rank for dim in dims] == expected else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """An op that computes: ``digest`` of it and of everything behind it, and what it reads, to be shown."""
@@ -81,31 +118,49 @@ class _Step:
     reads: _Reads
 
 
-def _digests(
-    certificate: Certificate, *, with_lengths: bool = True, saved: Mapping[str, str] | None = None
-) -> tuple[dict[str, str], list[_Step]]:
-    """(name of a tensor -> digest of it and of everything behind it, the ops that compute in the graph's order).
+def _values(
+    certificate: Certificate, *, with_lengths: bool = True, saved: _Values | None = None
+) -> tuple[_Values, list[_Step]]:
+    """(name of a tensor -> what it is, the ops that compute in the graph's order).
 
-    Without lengths a form is its kind and accumulator alone. ``saved``: digests of the forward graph's tensors, for a
-    backward, whose other inputs are gradients and have their names.
+    Without lengths a form is its kind and accumulator alone. ``saved``: the forward graph's tensors, for a backward,
+    whose other inputs are gradients and have their names.
     """
-    digests = {tensor: f"input {number}" for number, tensor in enumerate(certificate.inputs)}
+    values = {tensor: _Value(f"input {number}") for number, tensor in enumerate(certificate.inputs)}
     if saved is not None:
-        digests = {tensor: saved.get(tensor, f"input {tensor}") for tensor in certificate.inputs}
-    shown = dict(digests)
+        values = {tensor: saved.get(tensor, _Value(f"input {tensor}")) for tensor in certificate.inputs}
+    shown = {tensor: value.digest for tensor, value in values.items()}
     steps = []
     for entry in certificate.entries:
-        reads, names = (tuple(known.get(x, x) for x in entry.inputs) for known in (digests, shown))
+        reads = tuple(values.get(x, _Value(x)) for x in entry.inputs)
+        digests, names = tuple(value.digest for value in reads), tuple(shown.get(x, x) for x in entry.inputs)
         if not is_movement(entry):
-            digest = _sha((_what(entry, with_lengths), reads))
-            digests[entry.name], shown[entry.name] = digest, entry.name
+            value, digest = _computed(entry, reads, with_lengths)
+            values[entry.name], shown[entry.name] = value, entry.name
             steps.append(_Step(entry, digest, names))
         elif entry.moves:
-            digests[entry.name] = _sha(_moved(entry, reads))
-            shown[entry.name] = _moved(entry, names)[:_LONGEST_SHOWN]
+            rank = _transposed_rank(entry)
+            moved = reads[0].transposed(rank) if rank else _Value(_sha(_moved(entry, digests)))
+            values[entry.name], shown[entry.name] = moved, _moved(entry, names)[:_LONGEST_SHOWN]
         elif reads:  # a view, or a copy of its last operand
-            digests[entry.name], shown[entry.name] = reads[-1], names[-1]
-    return digests, steps
+            is_same = short_name(entry.op) in _COPIES
+            values[entry.name], shown[entry.name] = reads[-1] if is_same else _Value(digests[-1]), names[-1]
+    return values, steps
+
+
+def _computed(entry: Entry, reads: Sequence[_Value], with_lengths: bool) -> tuple[_Value, str]:
+    """(the result of ``entry``, digest of the op). A product is the lesser, as digests go, of its two spellings."""
+    what, digests = _what(entry, with_lengths), tuple(value.digest for value in reads)
+    rank = _PRODUCTS.get(short_name(entry.op), 0)
+    if not rank or len(reads) < 2:
+        digest = _sha((what, digests))
+        return _Value(digest), digest
+    *added, a, b = (value.transposed(rank).digest for value in reads)
+    exchanged = (*added, b, a)
+    digest = _sha((what, min(digests, exchanged)))
+    is_symmetric = digests == exchanged
+    product = _Value(digest, digest if is_symmetric else _sha(f"transpose [{digest}]"))
+    return (product if digests <= exchanged else product.transposed(rank)), digest
 
 
 def _what(entry: Entry, with_lengths: bool) -> tuple[object, ...]:
@@ -129,19 +184,19 @@ def joint_fingerprint(certificates: Sequence[Certificate]) -> str:
 
     Which tensors a forward saves and which of them its backward computes again may follow the batch size.
     """
-    found, forward = [], dict[str, str]()
+    found, forward = [], _Values()
     for certificate in certificates:
         found.append(fingerprint(certificate, forward if certificate.is_backward else None))
         if not certificate.is_backward:
-            forward = _digests(certificate)[0]
+            forward = _values(certificate)[0]
     return _sha(found)
 
 
-def fingerprint(certificate: Certificate, saved: Mapping[str, str] | None = None) -> str:
-    """sha256 of what the graph returns and writes, and of everything behind it; ``saved``: as for ``_digests``."""
-    known = _digests(certificate, saved=saved)[0]
-    returned = [known.get(name, name) for name in certificate.outputs]
-    written = sorted(known.get(entry.inputs[-1], "") for entry in _writes(certificate))
+def fingerprint(certificate: Certificate, saved: _Values | None = None) -> str:
+    """sha256 of what the graph returns and writes, and of everything behind it; ``saved``: as for ``_values``."""
+    known = _values(certificate, saved=saved)[0]
+    returned = [known.get(name, _Value(name)).digest for name in certificate.outputs]
+    written = sorted(known.get(entry.inputs[-1], _Value("")).digest for entry in _writes(certificate))
     return _sha((certificate.target, returned, written))
 
 
@@ -166,8 +221,7 @@ def _reached(certificate: Certificate) -> set[str]:
 def pairs(a: Certificate, b: Certificate) -> tuple[list[tuple[_Step, _Step]], list[_Step], list[_Step]]:
     """Ops of two graphs that are alike but for lengths, and what is left of each. Independent ops have no order."""
     ours, theirs = (
-        [s for s in _digests(made, with_lengths=False)[1] if s.entry.name in _reached(made)]
-        for made in (a, b)
+        [s for s in _values(made, with_lengths=False)[1] if s.entry.name in _reached(made)] for made in (a, b)
     )
     waiting: dict[str, list[_Step]] = {}
     for step in theirs:
@@ -218,8 +272,8 @@ def compare(a: Certificate, b: Certificate) -> Comparison:
 
 
 def _results(made: Certificate) -> list[str]:
-    known, _ = _digests(made, with_lengths=False)
-    return [known.get(name, name) for name in made.outputs]
+    known, _ = _values(made, with_lengths=False)
+    return [known.get(name, _Value(name)).digest for name in made.outputs]
 
 
 def _reason(left: _Step, right: _Step) -> str:

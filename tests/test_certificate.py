@@ -175,6 +175,22 @@ DIFFERENT = {
     ),
     "dimension": (lambda x, y: x.sum(0), lambda x, y: x.sum(1), "constants"),
     "transposed": (lambda x, y: x @ y, lambda x, y: x @ y.t(), "permute"),
+    "factors": (lambda x, y: x @ x.exp(), lambda x, y: x.exp() @ x, "aten.mm.default reads"),
+    "not transposed back": (
+        lambda x, y: (x @ x.exp()).sin(),
+        lambda x, y: (x.exp().t() @ x.t()).sin(),
+        "aten.sin.default reads",
+    ),
+    "cut between transposes": (
+        lambda x, y: (x @ x.exp()).sin(),
+        lambda x, y: (x.exp().t() @ x.t()).reshape(16, 64).t().sin(),
+        "aten.sin.default reads",
+    ),
+    "order of a product": (
+        lambda x, y: x @ x.exp(),
+        lambda x, y: (x.exp().t().flip(1) @ x.t().flip(0)).t(),
+        "flip",
+    ),
     "slice": (lambda x, y: x[:, 1:9].exp(), lambda x, y: x[:, 2:10].exp(), "start"),
     "constant": (lambda x, y: x * 2.5, lambda x, y: x * 2.25, "other=2.5"),
     "limit": (lambda x, y: x.clamp(min=0.5), lambda x, y: x.clamp(max=0.5), "against"),
@@ -193,6 +209,39 @@ def test_where_two_functions_part(name):
     assert not compared and says in str(compared) and a.fingerprint != b.fingerprint
     assert "test_certificate.py:" in str(compared)
     assert a.same_numerics(a) and str(a.same_numerics(a)) == "same numerics"
+
+
+SPELLINGS = {
+    "mm": (lambda x, y, z: x @ y, lambda x, y, z: (y.t() @ x.t()).t()),
+    "addmm": (
+        lambda x, y, z: torch.addmm(z, x, y, beta=0.5),
+        lambda x, y, z: torch.addmm(z.t(), y.t(), x.t(), beta=0.5).t(),
+    ),
+    "bmm": (
+        lambda x, y, z: torch.bmm(x[None].exp(), y[None]),
+        lambda x, y, z: torch.bmm(y[None].transpose(1, 2), x[None].exp().transpose(1, 2)).transpose(1, 2),
+    ),
+    "symmetric": (lambda x, y, z: x.t() @ x, lambda x, y, z: (x.t() @ x).t()),
+}
+
+
+def test_a_product_and_its_transpose_are_one():
+    """Autograd writes either, by strides that follow the batch: one digest, read and used as one.
+
+    That the bits are the same, see ``test_cpp_matmul.py``, and the swapped tiles of ``doctor``.
+    """
+    x, y, z = (torch.randn(*shape) for shape in ((9, 70), (70, 5), (9, 5)))
+
+    def written(number):
+        def several(x, y, z):
+            products = [spelling[number](x, y, z) for spelling in SPELLINGS.values()]
+            return [value for product in products for value in (product, product.mT.exp())]
+
+        return several
+
+    a, b = (certificate(written(number), x, y, z, target="sm_90") for number in (0, 1))
+    assert a.fingerprint == b.fingerprint and a.same_numerics(b)
+    assert str(a).count("permute") < str(b).count("permute")
 
 
 def test_another_architecture_or_version_is_no_promise():

@@ -209,6 +209,7 @@ def test_every_nan_is_the_same_nan(dtype: torch.dtype) -> None:
         a, b = special.repeat(1, rows, 3), special.roll(1).repeat(1, 19, 3).mT
         assert_same(gemm(a, b, no_bias), epilogue(chain(a, b), None, 1, 1, dtype), rows)
         assert gemm(a, b, no_bias).isnan().all()
+        assert_same(gemm(b.mT, a.mT, no_bias).mT, gemm(a, b, no_bias), (rows, "factors exchanged"))
 
 
 def test_signed_zeros_and_subnormals_survive() -> None:
@@ -223,6 +224,7 @@ def test_signed_zeros_and_subnormals_survive() -> None:
     for m in (1, 2, 4):
         assert_same(gemm(a[:, :m], b), expected[:, :m], m)
         assert_same(gemm(a[:, :m], arranged(b, "transposed")), expected[:, :m], (m, "transposed"))
+        assert_same(gemm(b.mT, a[:, :m].mT).mT, expected[:, :m], (m, "factors exchanged"))
 
 
 # Each entry changes sizes of blocks only; small ones put every border inside a small product.

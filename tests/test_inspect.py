@@ -93,6 +93,20 @@ def test_what_a_forward_saves_is_not_in_the_fingerprint():
     assert inspect(other, x, backward=True).fingerprint != made[1].fingerprint
 
 
+def test_a_gradient_that_is_written_as_a_transposed_product_is_the_same():
+    """At batch 1 a column is a row, too, and autograd multiplies the weight by the transposed gradient."""
+    weight = torch.randn(1, 16)
+
+    def product(x):
+        return x.exp() @ weight.to(x.device)
+
+    made = [inspect(product, torch.randn(batch, 1).requires_grad_(), backward=True) for batch in (1, 131)]
+    products = {
+        entry.inputs for one in made for entry in one.certificates[1].entries if entry.op == "aten.mm.default"
+    }
+    assert len(products) == 2 and made[0].fingerprint == made[1].fingerprint
+
+
 def test_a_slice_that_is_everything_is_not_in_the_fingerprint():
     """Its gradient is written into zeros at most batch sizes, and dropped by Inductor at batch 1, since torch 2.13."""
 

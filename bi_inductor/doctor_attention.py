@@ -181,6 +181,19 @@ def _masked(kind: Kind, query: Tensor, key: Tensor, value: Tensor) -> list[Case]
     ]
 
 
+def rounded_probabilities(t: Tensor, form: contract.Attention, dtype: torch.dtype) -> Tensor:
+    """[..., keys <= near_keys] scores in log2 units -> round(exp2(t - m)) exp2(m - max t), m the running maximum."""
+    keys = t.shape[-1]
+    maxima = [
+        t[..., start // form.near_chunk * form.near_chunk : end]
+        .amax(-1, keepdim=True)
+        .expand_as(t[..., start:end])
+        for start, end in ((start, min(start + form.tile, keys)) for start in range(0, keys, form.tile))
+    ]
+    m = torch.cat(maxima, -1)
+    return torch.exp2(t - m).to(dtype).double() * torch.exp2(m - t.amax(-1, keepdim=True))
+
+
 def operands(kind: Kind, keys: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """query [BATCH, HEADS, 1, D], key and value [BATCH, HEADS, ``keys``, D]: sums that end near 0, in both results."""
     generator = torch.Generator().manual_seed(keys)
@@ -196,7 +209,7 @@ def operands(kind: Kind, keys: int, device: str) -> tuple[Tensor, Tensor, Tensor
     total = torch.exp2(query @ key.transpose(2, 3) * factor).sum(-1, keepdim=True)
     key = (key - unit * torch.log2(total)).to(kind.dtype).double()
     t = query @ key.transpose(2, 3) * factor
-    p = torch.exp2(t - t.amax(-1, keepdim=True).ceil()).to(kind.dtype).double()
+    p = rounded_probabilities(t, kind.form, kind.dtype)
     left = -(p[..., :-2] @ value[:, :, :-2])
     for last in (-2, -1):
         value[:, :, last, None] = (left / p[..., last, None]).to(kind.dtype).double()

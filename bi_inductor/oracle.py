@@ -173,7 +173,7 @@ def attention(
                 t = torch.where(mask[:, keys], t, -math.inf)
             missing = form.tile - t.shape[1]
             t = torch.nn.functional.pad(t, (0, missing), value=-math.inf)
-            before, highest = highest, torch.maximum(highest, torch.ceil(t.amax(1) * factor))
+            before, highest = highest, torch.maximum(highest, t.amax(1) * factor)
             rescale = elementwise.exp2(before - highest)
             p = elementwise.exp2(_fused_multiply_add(t, factor, -highest[:, None]))
             pairs = p.unflatten(1, (-1, 4, 2)).sum(3)

@@ -192,7 +192,10 @@ def test_gradients_ignore_the_batch_and_the_run(length):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         causal(*doubles).square().sum().backward()
     for ours, reference in zip(whole, doubles, strict=True):
-        assert_accurate(ours, reference.grad, slack=4)
+        if length > 1 or reference is doubles[2]:
+            assert_accurate(ours, reference.grad, slack=4)
+        else:  # one key: these are differences of equal sums over a head dim, as exact as fp32
+            assert_accurate(ours.float(), reference.grad, slack=8, terms=doubles[2].square().sum(-1))
     for batch in (1, 2, 3, 7):
         part = gradients(fn, [x[:batch] for x in inputs])
         assert_same_bits(part, [x[:batch] for x in whole], batch)

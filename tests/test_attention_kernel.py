@@ -128,6 +128,8 @@ def test_decoding_latent_heads_gives_the_bits_of_prefill(short_chunks):
     prefill = run_in_interpreter(causal, query, cache, cache[..., :512])
     row = run_in_interpreter(full, query[:, :, -1:], cache, cache[..., :512])
     assert same_bits(row, prefill[:, :, -1:])
+    sees_one_key = prefill[:, :, :1]
+    assert same_bits(sees_one_key, cache[:, :, :1, :512].expand_as(sees_one_key))
 
 
 def test_decoding_gives_the_oracles_bits_of_prefill(short_chunks):

@@ -7,7 +7,7 @@ by the rules of ``State``, and have to be one term.
 
 The rules change no bit for finite scores and values. A hidden key has the score -inf and the probability 0; a tile or
 chunk without a visible key multiplies by exp2(0) and adds 0. Running maxima are sets of scores, since a maximum, also
-times a positive number and rounded up, has no order.
+times a positive number, has no order.
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ class State:
         return node[0] == CONSTANT and node[1] in _MINUS_INFINITY
 
     def maximum(self, number: int) -> Maximum:
-        """The scores whose maximum, times the factor and rounded up, is the running maximum ``number``."""
+        """The scores whose maximum, times the factor, is the running maximum ``number``."""
         node = self.nodes[number]
         if node[0] in ("arith.maxnumf", "arith.maximumf"):
             return self.maximum(node[1]) | self.maximum(node[2])
         if node[0] == CONSTANT and float(node[1]) < _LOWEST:
             return frozenset()
-        if node[0] == "math.ceil" and self.nodes[node[1]][0] == MULTIPLY:
-            highest, factor = self.nodes[node[1]][1:]
+        if node[0] == MULTIPLY:
+            highest, factor = node[1:]
             kind, *scores = self.nodes[highest]
             if kind.startswith(("reduce:arith.maxnumf:", "reduce:arith.maximumf:")) and self._is_positive(
                 factor
@@ -104,7 +104,7 @@ class State:
         raise OtherOrderError(f"a running maximum by {node[0]}")
 
     def scaled(self, a: int, b: int) -> tuple[int, int]:
-        """(what is rescaled, the power of two) of the two factors of a product, which Triton may exchange."""
+        """(what is rescaled, the factor exp2(...)) of the two factors of a product, which Triton may exchange."""
         return (b, a) if self.nodes[a][0] == _EXP2 and self.nodes[b][0] != _EXP2 else (a, b)
 
     def simplified(self, number: int) -> int:

@@ -4,19 +4,23 @@
 
 Within a chunk tiles of BLOCK_N keys are visited in ascending order. With scores t in log2 units a row's state is
 
-    m     an integer (as a float), the running maximum of t, rounded up
+    m     the running maximum of t, tile by tile
     sums  [4] of p_j = exp2(t_j - m): in a tile keys 8 g + 2 i and 8 g + 2 i + 1 are added first, then the tree of
           adjacent pairs over g, and the result to sums[i]; at the end of a chunk (sums0 + sums1) + (sums2 + sums3)
     acc   [DV] sum of round(p_j) * v_j: one chain, j ascending in the steps of the hardware's MMA
 
     joining two chunks:  a = exp2(m - max), b = exp2(m' - max), sums = sums a + sums' b, acc = acc a + acc' b
 
-An integer maximum scales by powers of two, which is exact: whatever the path, the chain of a chunk has no rounding but
-its own, and a tile or chunk without a visible key changes nothing, so it may be visited or not. A thread of an MMA's
-accumulator holds columns 8 g + 2 i and 8 g + 2 i + 1 of a row for one i: no row sum crosses threads inside the loop.
-(H100, bf16, 8192 causal, D = 128, TFLOP/s without chunks: this sum 495, ``tl.sum`` 491, adjacent pairs 436,
-``p @ ones`` 371.) Chunks exist for decoding, where they run side by side. The state of the chunks before is kept in
-registers while the next one is computed: parking it in memory was slower at every size (435 and 387 at 1024 keys).
+The maximum depends on which keys share a tile, and the tile is the form's. A tile or chunk without a visible key
+multiplies by exp2(0) and adds 0: it changes nothing, so it may be visited or not. The p of a row's highest score is 1,
+which no rounding changes: a row that sees one key returns its value. (With the maximum rounded up, so that all scaling
+is by powers of two, that p was off by up to half a bf16 ulp: 7 to 13 % of the elements of first tokens' outputs were
+another value's, and what cancels in the gradients of their queries was left over at bf16's precision. Adding up the
+rounded p instead took 2 to 40 % longer.) A thread of an MMA's accumulator holds columns 8 g + 2 i and 8 g + 2 i + 1 of
+a row for one i: no row sum crosses threads inside the loop. (H100, bf16, 8192 causal, D = 128, TFLOP/s without chunks:
+this sum 495, ``tl.sum`` 491, adjacent pairs 436, ``p @ ones`` 371.) Chunks exist for decoding, where they run side by
+side. The state of the chunks before is kept in registers while the next one is computed: parking it in memory was
+slower at every size (435 and 387 at 1024 keys).
 
 A head dim is one chain; where a power of two does not hold it well, it is loaded in two pieces (576 = 512 + 64).
 Rows, warps, how rows are packed into a tile, and whether one program or several compute the chunks are free.
@@ -193,7 +197,7 @@ def _tile(
             at = mask_base + keys.to(INDEX)[None, :] * stride_mn
             t += load_mask(at, exists & rows_exist, 0.0, WIDTH).to(tl.float32)
         t = tl.where(visible, t, -float("inf"))
-    highest = tl.maximum(m, tl.ceil(tl.max(t, 1) * factor))
+    highest = tl.maximum(m, tl.max(t, 1) * factor)
     rescale = tl.exp2(m - highest)
     p = tl.exp2(tl.fma(t, factor, -highest[:, None]))
     sums = sums * rescale[:, None] + lane_sums(p)

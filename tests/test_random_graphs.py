@@ -50,17 +50,21 @@ def test_generated_code_does_not_depend_on_the_batch(target):
 @settings(max_examples=25)
 @given(programs())
 def test_no_drawn_graph_mixes_rows(program):
-    """Eagerly: rows beside NaN are as near to themselves as anybody can tell."""
+    """Eagerly: rows beside NaN are as near to themselves as anybody can tell.
+
+    Without oneDNN, whose bfloat16 products of an odd K read the next row, times zero, where the CPU has AMX.
+    """
     case, rows = Case([program]), torch.arange(0, 67, 2)
-    expected, actual = (
-        c.run(c.function, torch.arange(67)).at(rows) for c in (case, case.replaced(torch.nan))
-    )
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected, actual = (
+            c.run(c.function, torch.arange(67)).at(rows) for c in (case, case.replaced(torch.nan))
+        )
     for key, value in expected.rows.items():
         torch.testing.assert_close(actual.rows[key], value, equal_nan=True, rtol=0.1, atol=0.1)
 
 
 def _normed_product() -> Program:
-    x, w = Value("x0", (BATCH, 5, 130), torch.float32), Value("w0", (130, 16), torch.float32)
+    x, w = Value("x0", (BATCH, 130), torch.float32), Value("w0", (130, 16), torch.float32)
     steps, shape = [], x.shape
     for number, (expression, reads) in enumerate(
         [
@@ -70,7 +74,7 @@ def _normed_product() -> Program:
             ("v2 @ w0", ("v2", "w0")),
         ]
     ):
-        shape = (BATCH, 5, 16) if number == 3 else x.shape
+        shape = (BATCH, 16) if number == 3 else x.shape
         steps.append(Step(Value(f"v{number}", shape, torch.float32), expression, reads))
     return Program((x,), (w,), tuple(steps), ("v3", "v1"))
 
@@ -87,7 +91,7 @@ def test_a_violation_shrinks_to_a_snippet():
     snippet = smallest.snippet(batch=9, seed=0, failing="batch 1")
     namespace = {}
     exec(snippet.replace('backend="batchinv"', 'backend="eager"'), namespace)
-    assert namespace["x0"].shape == (9, 5, 130)
+    assert namespace["x0"].shape == (9, 130)
 
 
 def _run(schedule, graphs, rounds):

@@ -140,7 +140,10 @@ class Certificate:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the fingerprint, the architecture and the versions: equal digests mean equal bits."""
+        """sha256 (hex) of the fingerprint, the architecture and the versions.
+
+        Equal digests mean equal bits, of functions whose views cut tensors alike: sizes of views are not in it.
+        """
         parts = (self.fingerprint, self.environment.architecture, self.environment.versions)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

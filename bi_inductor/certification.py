@@ -66,7 +66,7 @@ class Certification:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) over the graphs' digests: equal digests mean equal bits for equal inputs."""
+        """sha256 (hex) over the graphs' digests: as for these, equal ones mean equal bits for equal inputs."""
         return hashlib.sha256("\n".join(made.digest for made in self.certificates).encode()).hexdigest()
 
     def same_numerics(self, other: Certification) -> Comparison:

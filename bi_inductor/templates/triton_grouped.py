@@ -25,7 +25,7 @@ from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 
 from bi_inductor.templates.chain_source import OPERANDS, POINTERS
-from bi_inductor.templates.emission import Template, emit, is_empty, is_multiple, realized, rounding
+from bi_inductor.templates.emission import ProductTemplate, emit, is_empty, is_multiple, realized, rounding
 from bi_inductor.templates.tile_table import Tile, tile_for
 from bi_inductor.templates.triton_matmul import rows_are_aligned
 
@@ -144,8 +144,10 @@ def grouped_depth_grid(
     return (groups * cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
-grouped_rows_template = Template("batchinv_grouped_rows", grid=grouped_rows_grid, source=ROWS_SOURCE)
-grouped_depth_template = Template("batchinv_grouped_depth", grid=grouped_depth_grid, source=DEPTH_SOURCE)
+grouped_rows_template = ProductTemplate("batchinv_grouped_rows", grid=grouped_rows_grid, source=ROWS_SOURCE)
+grouped_depth_template = ProductTemplate(
+    "batchinv_grouped_depth", grid=grouped_depth_grid, source=DEPTH_SOURCE
+)
 
 
 def grouped_rows(a: ir.TensorBox, b: ir.TensorBox, ends: ir.TensorBox) -> ir.TensorBox:
@@ -205,7 +207,7 @@ def _tile(operands: list[ir.IRNode], m: int, n: int, k: int, batch: int) -> Tile
 
 
 def _emit(
-    template: Template,
+    template: ProductTemplate,
     operands: list[ir.IRNode],
     layout: ir.Layout,
     tile: Tile,

@@ -30,8 +30,8 @@ from torch._inductor.virtualized import V
 
 from bi_inductor.templates.chain_source import SOURCE, TILE_PARAMETERS, source_of_tile
 from bi_inductor.templates.emission import (
-    Template,
-    TemplateKernel,
+    ProductKernel,
+    ProductTemplate,
     emit,
     is_empty,
     is_multiple,
@@ -63,7 +63,7 @@ def output_sizes(*sizes_and_meta: Any) -> tuple[Any, Any, Any]:
     return (m, n, batch[0] if batch else 1)
 
 
-class ManyTilesKernel(TemplateKernel):
+class ManyTilesKernel(ProductKernel):
     """A kernel whose tile's constants are its last parameters, so that one source serves all tiles."""
 
     @classmethod
@@ -96,7 +96,7 @@ def one_tile_template(*branches: str) -> TritonTemplate:
     """The template for tiles whose constants named in ``branches``, and no others, are true or not zero."""
     source = source_of_tile({name: name in branches for name in TILE_PARAMETERS})
     name = "_".join(["batchinv_chain_matmul", *map(str.lower, branches)])
-    return Template(name, grid=programs_of_tile, source=source)
+    return ProductTemplate(name, grid=programs_of_tile, source=source)
 
 
 def chain_matmul(

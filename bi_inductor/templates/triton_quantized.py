@@ -27,7 +27,7 @@ from torch._inductor.virtualized import V
 
 from bi_inductor.contract import FP8_CHUNK
 from bi_inductor.templates.chain_source import OPERANDS, POINTERS
-from bi_inductor.templates.emission import Template, emit, is_empty, is_multiple, realized, rounded
+from bi_inductor.templates.emission import ProductTemplate, emit, is_empty, is_multiple, realized, rounded
 from bi_inductor.templates.quantized_tiles import tile_for
 from bi_inductor.templates.tile_table import Tile
 
@@ -102,7 +102,9 @@ def one_program_per_tile(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Callable
     return (cdiv(m, meta["BLOCK_M"]) * cdiv(n, meta["BLOCK_N"]), 1, 1)
 
 
-quantized_matmul_template = Template("batchinv_quantized_matmul", grid=one_program_per_tile, source=SOURCE)
+quantized_matmul_template = ProductTemplate(
+    "batchinv_quantized_matmul", grid=one_program_per_tile, source=SOURCE
+)
 
 
 def int8_matmul(a: ir.TensorBox, b: ir.TensorBox) -> ir.TensorBox:

@@ -77,11 +77,12 @@ def test_input_gradients_do_not_depend_on_the_batch(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_order_is_the_oracles(device):
-    """bf16: channels outermost, kernel positions row-major, one ascending chain, rounded once."""
+    """bf16: kernel positions outermost, row-major, then channels, one ascending chain, rounded once."""
     x = random_rows(3, 8, 9, 9, dtype=torch.bfloat16, device=device)
     w = random_rows(5, 8, 3, 3, dtype=torch.bfloat16, device=device, seed=1)
     columns = F.unfold(x.cpu().float(), 3).bfloat16().transpose(1, 2).flatten(0, 1)
-    chain = oracle.chain_matmul(columns, w.cpu().flatten(1).t()).bfloat16()
+    columns = columns.unflatten(1, (8, 9)).transpose(1, 2).flatten(1)
+    chain = oracle.chain_matmul(columns, w.cpu().movedim(1, -1).flatten(1).t()).bfloat16()
     expected = chain.reshape(3, 7, 7, 5).permute(0, 3, 1, 2).contiguous()
     result = compiled(lambda x, w: F.conv2d(x, w))(x, w).cpu().contiguous()
     if device == "cpu":

@@ -1,10 +1,11 @@
 """Convolutions, their transposes and their gradients, as matrix products over unfolded windows.
 
-    forward      out[n, o, p] = sum_(c, k) x[n, c, p * stride + k * dilation - padding] w[o, c, k]
+    forward      out[n, o, p] = sum_(k, c) x[n, c, p * stride + k * dilation - padding] w[o, c, k]
     transposed   the forward of x, spread out by the stride, with w turned round and its channels exchanged
     gradients    of the input: the other of the two above; of the weight: sum_(n, p), a product over windows
 
-Every sum is a CHAIN: over (c, k), channels outermost, kernel positions row-major; over (n, p), samples outermost.
+Every sum is a CHAIN: over (k, c), kernel positions outermost, row-major, so that with channels last in memory a window
+is read in long pieces and a weight as it lies there; over (n, p), samples outermost.
 Windows are views of the padded input; the product reads them as one matrix, so the batch and the positions are
 its rows and cannot enter the order. (No cuDNN: its algorithms are chosen by size.)
 """
@@ -52,9 +53,9 @@ def _correlated(
     windows = _windows(x, kernel, stride, dilation)
     batch, positions = x.shape[0], windows.shape[2 : 2 + dims]
     inner = weight.shape[1] * math.prod(kernel)
-    left = windows.unflatten(1, (groups, weight.shape[1])).movedim((1, 2), (0, 2 + dims))
+    left = windows.unflatten(1, (groups, weight.shape[1])).movedim((1, 2), (0, -1))
     left = row_major(left, [groups, batch * math.prod(positions), inner])
-    right = weight.reshape(groups, weight.shape[0] // groups, inner).transpose(1, 2)
+    right = row_major(weight.movedim(1, -1), [groups, weight.shape[0] // groups, inner]).transpose(1, 2)
     out = torch.bmm(left, right) if groups > 1 else torch.mm(left[0], right[0]).unsqueeze(0)
     if groups == 1:
         out = row_major(out, [batch, *positions, weight.shape[0]]).movedim(-1, 1)
@@ -207,9 +208,13 @@ def _weight_gradient(
     terms = small.shape[0] * math.prod(positions)
     rows, inner = weight.shape[0] // groups, weight.shape[1]
     left = row_major(small.unflatten(1, (groups, rows)).movedim((1, 2), (0, 1)), [groups, rows, terms])
-    right = windows.unflatten(1, (groups, inner)).movedim((1, 2), (0, 2 + dims))
+    channels_last = suggest_memory_format(large) != torch.contiguous_format
+    # Columns of the product, in an order that is free: the one in which the windows are copied in long pieces.
+    right = windows.unflatten(1, (groups, inner)).movedim((1, 2), (0, -1 if channels_last else 2 + dims))
     right = row_major(right, [groups, terms, inner * math.prod(kernel)])
     product = torch.bmm(left, right) if groups > 1 else torch.mm(left[0], right[0])
+    if channels_last:
+        return product.reshape(weight.shape[0], *kernel, inner).movedim(-1, 1)
     return product.reshape(weight.shape)
 
 

@@ -12,6 +12,7 @@ left to be rounded is its error. Scores are shifted so that logsumexps are near 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -122,7 +123,7 @@ def examine(
     inputs = [[_copied(case) for _ in schedules for case in row] for row in cases]
     in_turn = [schedule for _ in kind.depths for schedule in schedules for _ in cases[0]]
     with doctor.prepared("triton_attention", "schedule_for", in_turn, tf32=kind.tf32) as sources:
-        results = (execute or doctor.on_the_gpu)(_graph, inputs)
+        results = (execute or _on_the_gpu)(_graph, inputs)
     classes = tuple(len({_digest(result) for result in row}) for row in results)
     count, step = len(runs), len(cases[0])  # named for one mask alone: it takes a compile
     families = [
@@ -144,6 +145,15 @@ def _run(kind: Kind, schedule: Schedule, case: Case) -> AttentionRun:
         mask=case.mask_name,
         causal=case.is_causal,
     )
+
+
+def _on_the_gpu(graph: Callable[..., Any], inputs: list[list[tuple[Any, ...]]]) -> list[list[Any]]:
+    """Compiled with the number of keys as a symbol: all lengths of a case share a kernel, and compiling takes long."""
+    for query, key, value, mask, is_causal in itertools.chain(*inputs):
+        lengths = [(key, 2), (value, 2)] + [(mask, 3)] * (mask is not None) + [(query, 2)] * is_causal
+        for tensor, dim in lengths:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return doctor.on_the_gpu(graph, inputs)
 
 
 def _copied(case: Case) -> tuple[Any, ...]:

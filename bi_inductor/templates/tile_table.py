@@ -231,7 +231,7 @@ def _suits(tile: Tile, m: int, n: int) -> bool:
         return True
     if m <= 64:
         return tile.block_m == max(16, 1 << (m - 1).bit_length()) and tile.block_n >= min(32, n)
-    return tile.block_m >= 64 and tile.block_n >= min(64, n)
+    return tile.block_m >= 64 and min(64, n) <= tile.block_n <= max(128, 2 * n)
 
 
 def _estimated_cost(tile: Tile, itemsize: int) -> Cost:

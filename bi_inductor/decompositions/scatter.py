@@ -180,6 +180,23 @@ def _masked_accumulate(self: Tensor, mask: Tensor, indices: Sequence[Any], value
     )
 
 
+def _embedding_dense_backward(
+    grad_output: Tensor, indices: Tensor, num_weights: Any, padding_idx: Any, scale_grad_by_freq: bool
+) -> Tensor:
+    """Rows are rounded before they are stored, so that the table is written once, in its own dtype."""
+    rows = indices.long().reshape(-1)
+    values = grad_output.reshape(rows.shape[0], math.prod(grad_output.shape[indices.dim() :]))
+    counted = ((rows >= 0) & (rows < num_weights))[:, None]
+    rows = _wrapped(rows.clamp(-num_weights, num_weights - 1), num_weights)
+    if scale_grad_by_freq:
+        once = counted.long()
+        how_often = put_rows(torch.zeros_like(once[:1]).expand(num_weights, 1), rows, once, "sum")[rows]
+        values = values.to(wide_dtype(values.dtype)) / torch.where(counted, how_often, 1)
+    values = torch.where(counted & (rows != padding_idx)[:, None], values, 0.0)
+    table = grad_output.new_zeros(num_weights, values.shape[1])
+    return put_rows(table, rows, values, "sum").reshape(num_weights, *grad_output.shape[indices.dim() :])
+
+
 def _wrapped(index: Tensor, size: Any) -> Tensor:
     return torch.where(index < 0, index + size, index)
 
@@ -270,6 +287,7 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten._unsafe_index_put.default: _index_put,
     aten._index_put_impl.default: _index_put,
     aten._unsafe_masked_index_put_accumulate.default: _masked_accumulate,
+    aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten.index_add.default: _index_add,
     aten.index_copy.default: _index_copy,
     aten.index_reduce.default: _has_order(_index_reduce),

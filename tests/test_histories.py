@@ -27,7 +27,10 @@ class Block(torch.nn.Module):
         attended = F.scaled_dot_product_attention(*parts.unbind(0), is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(rows, length, width))
         gate, value = self.up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * value)
+        column = x[:, 0, -1:]
+        copied = column.contiguous()  # of one row a column is contiguous without a copy
+        shift = copied.sin() + copied * 3 + column.cos() + column * 5
+        return x + self.down(F.silu(gate) * value) + shift[:, None]
 
 
 def block(device, dtype):

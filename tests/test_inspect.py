@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from bi_inductor import BatchInvarianceError, OptionError, certificates, commands, inspect
 from bi_inductor.cli import main
 from bi_inductor.dry_run import DryRun
+from bi_inductor.passes import canonicalize
 
 BATCHES = [1, 3, 64, 4096]
 FORBIDDEN = re.compile(
@@ -105,6 +106,36 @@ def test_a_gradient_that_is_written_as_a_transposed_product_is_the_same():
         entry.inputs for one in made for entry in one.certificates[1].entries if entry.op == "aten.mm.default"
     }
     assert len(products) == 2 and made[0].fingerprint == made[1].fingerprint
+
+
+COLUMNS = {
+    "used": lambda x, y: (y.sin() + x * 3, y * y),
+    "returned": lambda x, y: (y, x * 3, x.sin()),
+    "in place": lambda x, y: (y.sin() + x * 3, (y * y).add_(1)),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_gradients_of_a_copy_are_added_first_at_every_batch_size(name, monkeypatch):
+    """A column of one row is contiguous: without the pass autograd adds four gradients, not two and two."""
+
+    def column(x):
+        last = x[:, -1:]
+        return COLUMNS[name](last, last.contiguous())
+
+    def prints():
+        inputs = [torch.randn(batch, 5).requires_grad_() for batch in (1, 131)]
+        return {inspect(column, x, backward=True).fingerprint for x in inputs}
+
+    assert len(prints()) == 1
+    monkeypatch.setattr(canonicalize, "REWRITES", canonicalize.REWRITES[:-2])
+    assert len(prints()) == 2
+
+
+def test_a_copy_that_changes_nothing_is_dropped():
+    for dynamic in (False, True):
+        made = inspect(lambda x: x.contiguous().exp().contiguous() + x, torch.randn(8, 512), dynamic=dynamic)
+        assert len(made.kernels) == 1 and "clone" not in made.source.split("def call")[1]
 
 
 def test_a_slice_that_is_everything_is_not_in_the_fingerprint():

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.passes.attention import ATTENTION
 from bi_inductor.passes.contractions import CONTRACTIONS
+from bi_inductor.passes.copies import COPIES
 from bi_inductor.passes.flex import FLEX
 from bi_inductor.passes.linear import LINEAR, inline_module
 from bi_inductor.passes.matmul import MATMUL
@@ -30,6 +31,7 @@ REWRITES: tuple[Retarget, ...] = (
     *CONTRACTIONS,
     *RECURRENT,
     *VARLEN,
+    *COPIES,
 )
 
 

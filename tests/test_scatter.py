@@ -216,6 +216,17 @@ def test_the_fingerprint_does_not_follow_the_number_of_rows():
     assert len(prints) == 1
 
 
+def test_the_fingerprint_does_not_follow_a_batch_behind_the_gathered_dim():
+    def gathered(x):
+        return x.gather(0, x.argmax(0, keepdim=True)).exp()
+
+    made = [
+        bi_inductor.inspect(gathered, random_rows(3, batch, 5).requires_grad_(), backward=True)
+        for batch in (1, 131)
+    ]
+    assert made[0].fingerprint == made[1].fingerprint
+
+
 def test_the_triton_kernels_have_the_oracles_bits():
     rows, values = rows_to(7, 300), random_rows(300, 6)
     base = random_rows(7, 6, seed=4)

@@ -228,14 +228,9 @@ def _scattered(
         src = torch.full(index.shape, src, dtype=self.dtype, device=self.device)
     else:
         src = src[tuple(slice(0, size) for size in index.shape)]
-    coordinates = []
-    for axis, size in enumerate(index.shape):
-        if axis == dim:
-            coordinates.append(_wrapped(index, self.shape[dim]))
-        else:
-            shape = [size if other == axis else 1 for other in range(index.dim())]
-            coordinates.append(torch.arange(size, device=index.device).reshape(shape))
-    rows = _linear(coordinates, self.shape).reshape(-1)
+    # Looked up, not computed: a size that a position is computed with would be in the fingerprint.
+    positions = torch.arange(self.numel(), device=index.device).reshape(self.shape)
+    rows = positions.gather(dim, _wrapped(index, self.shape[dim])).reshape(-1)
     equal_stores = scalar and combine == "assign"
     result = put_rows(
         self.reshape(-1, 1),

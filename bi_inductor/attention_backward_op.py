@@ -1,7 +1,7 @@
 """``bi_inductor::attention_backward``: the gradients of ``bi_inductor::attention``, one op up to the kernels.
 
     attention_backward(grad [B, H, L, Dv], query [B, H, L, D], key [B, Hk, S, D], value [B, Hk, S, Dv], mask,
-                       logsumexp [B, H, L], delta [B, H, L], is_causal, scale)
+                       logsumexp [B, H, L], delta [B, H, L], is_causal, scale, tiles, spans)
         -> dq [B, H, L, D], dk [B, Hk, S, D], dv [B, Hk, S, Dv]
 
     p = exp2(t - logsumexp), 0 where logsumexp is -inf        dv = round(p)^T grad        queries ascending
@@ -10,7 +10,9 @@
 
 ``t``: the scores, computed again. ``round``: to the inputs' dtype. ``delta``: fp32, the sum of grad times the output,
 minus the gradient of the logsumexp in nats. For dk and dv the queries of a group's heads are one chain, head after
-head. ``composite`` says it in plain ops, with all scores in memory; kernels have its bits for finite inputs.
+head. ``tiles`` and ``spans``: None, or ``tile_map`` and ``query_spans`` of a mask of bools (``attention_tiles.py``);
+they change no bit. ``composite`` says it in plain ops, with all scores in memory; kernels have its bits for finite
+inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .ops import _LIBRARY, bmm_wide
 
 _LIBRARY.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor logsumexp,"
-    " Tensor delta, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)"
+    " Tensor delta, bool is_causal, float scale, Tensor? tiles=None, Tensor? spans=None)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 attention_backward = torch.ops.bi_inductor.attention_backward.default
 LOG2_E = math.log2(math.e)
@@ -93,7 +96,7 @@ def empty_heads(like: Tensor, width: Any) -> Tensor:
 def _eager(*arguments: Any) -> tuple[Tensor, ...]:
     """Reference: the composite, with the library's orders."""
     results = [empty_heads(x, x.shape[-1]) for x in arguments[1:4]]
-    for result, gradient in zip(results, composite(*arguments), strict=False):
+    for result, gradient in zip(results, composite(*arguments[:9]), strict=False):
         result.copy_(gradient)
     return tuple(results)
 
@@ -105,7 +108,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
+    ctx.options = inputs[7:9]
 
 
 def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +119,7 @@ def _second_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
         results = composite(*arguments)[:3]
         *first, of_logsumexp, of_delta = torch.autograd.grad(results, leaves, grads)
-    return (*first, None, of_logsumexp, of_delta, None, None)
+    return (*first, None, of_logsumexp, of_delta, None, None, None, None)
 
 
 torch.library.register_autograd(
@@ -128,15 +131,18 @@ torch.library.register_autograd(
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
     """The mapped dim becomes part of the batch."""
     tensors = as_batch(info.batch_size, in_dims[:7], arguments[:7])
-    results = attention_backward(*tensors, *arguments[7:])
+    results = attention_backward(*tensors, *arguments[7:9])
     return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0, 0)
 
 
 def as_batch(
     size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """Tensors mapped along ``in_dims``, with the mapped dim as part of the batch."""
-    return [
-        x if x is None else (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+    """Tensors mapped along ``in_dims``, with the mapped dim as part of the batch, which is the first's for all."""
+    moved = [
+        x if x is None else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(tensors, in_dims, strict=True)
     ]
+    assert moved[0] is not None
+    shape = moved[0].shape[:2]
+    return [x if x is None else x.expand(*shape, *x.shape[2:]).flatten(0, 1) for x in moved]

@@ -1,9 +1,10 @@
 """``bi_inductor::attention``: one op from the Dynamo pass to the kernels, on devices that have a kernel for it.
 
-    attention(query [B, H, L, D], key [B, Hk, S, D], value [B, Hk, S, Dv], mask, is_causal, scale)
+    attention(query [B, H, L, D], key [B, Hk, S, D], value [B, Hk, S, Dv], mask, is_causal, scale, tiles)
         -> output [B, H, L, Dv], logsumexp [B, H, L]
 
-``mask``: None, or bool (true: visible) or float (added to the scaled scores), expanded to [B, H, L, S].
+``mask``: None, or bool (true: visible) or float (added to the scaled scores), [B, H, L, S], of which B and H may be 1.
+``tiles``: None, or for a mask of bools its ``attention_tiles.tile_map``, which saves time and changes no bit.
 ``logsumexp``: fp32, log2 of the sum of exp2 of the scores in log2 units; -inf where no key is visible, and the
 output's row is 0 there. H is a multiple of Hk. Causal means key <= query, counted from the first of each.
 """
@@ -17,18 +18,25 @@ from torch import Tensor
 
 from . import contract
 from .attention_backward_op import LOG2_E, as_batch, attention_backward, composite, empty_heads, scores
+from .attention_tiles import query_spans
 from .ops import _LIBRARY, wide_dtype
 
 _LIBRARY.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale)"
-    " -> (Tensor, Tensor)"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale,"
+    " Tensor? tiles=None) -> (Tensor, Tensor)"
 )
 attention = torch.ops.bi_inductor.attention.default
 
 
 @torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
 def _attention_eager(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    tiles: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference: the same function in plain torch, with the library's orders."""
     t = scores(query, key, mask, is_causal, scale)
@@ -43,24 +51,22 @@ def _attention_eager(
 
 
 @torch.library.register_fake("bi_inductor::attention", lib=_LIBRARY)
-def _attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return empty_heads(query, value.shape[-1]), query.new_empty(
         query.shape[:3], dtype=wide_dtype(query.dtype)
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, mask, *output)
+    query, key, value, mask, ctx.is_causal, ctx.scale, tiles = inputs
+    ctx.save_for_backward(query, key, value, mask, tiles, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
     """``attention_backward_op.py``; its composite where a mask of floats needs a gradient, which is all of ds, and for
     heads that its kernels do not hold."""
-    query, key, value, mask, output, logsumexp = ctx.saved_tensors
+    query, key, value, mask, tiles, output, logsumexp = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
     delta = (grad.to(logsumexp.dtype) * output.to(logsumexp.dtype)).sum(-1)
@@ -72,10 +78,11 @@ def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> t
     widths = int(query.shape[-1]), int(value.shape[-1])
     if needs_mask or contract.attention_gradient_form(*widths, query.dtype) is None:
         dq, dk, dv, ds = composite(*inputs)
-        dmask = ds.to(mask.dtype) if needs_mask else None
+        dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if needs_mask else None
     else:
-        dq, dk, dv = attention_backward(*inputs)
-    return dq, dk, dv, dmask, None, None
+        spans = None if tiles is None else query_spans(mask, key.shape[1])
+        dq, dk, dv = attention_backward(*inputs, tiles, spans)
+    return dq, dk, dv, dmask, None, None, None
 
 
 torch.library.register_autograd("bi_inductor::attention", _backward, setup_context=_save, lib=_LIBRARY)
@@ -86,5 +93,5 @@ def _attention_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any)
     """The mapped dim becomes part of the batch."""
     size = info.batch_size
     tensors = as_batch(size, in_dims[:4], arguments[:4])
-    results = attention(*tensors, *arguments[4:])
+    results = attention(*tensors, *arguments[4:6])
     return tuple(x.unflatten(0, (size, -1)) for x in results), (0, 0)

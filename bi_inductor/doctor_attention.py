@@ -1,7 +1,8 @@
 """Do all schedules of attention give the same bits, on the GPU at hand, whatever mask says that keys are visible?
 
 One graph holds the op once for every schedule that may be chosen, and for each of them without a mask, with one of
-bools, with one of floats where that is the same function, and causal; these three with further keys that are hidden.
+bools, with that and the map of its tiles, with one of floats where that is the same function, and causal; these four
+with further keys that are hidden.
 Results and logsumexps of the row that sees the same keys in all of them are compared bit for bit.
 
 A 16-bit result hides in which of two ways the fp32 sum behind it was rounded, but for one element in 2**16: enough that
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bi_inductor import attention_op, contract, doctor
+from bi_inductor.attention_tiles import tile_map
 from bi_inductor.doctor import Result
 from bi_inductor.measurement_attention import AttentionRun
 from bi_inductor.templates import triton_attention
@@ -99,10 +101,14 @@ class Case:
     value: Tensor
     mask: Tensor | None
     is_causal: bool
+    tiles: Tensor | None = None
 
     @property
     def mask_name(self) -> str:
-        return "none" if self.mask is None else str(self.mask.dtype).removeprefix("torch.")
+        if self.mask is None:
+            return "none"
+        name = str(self.mask.dtype).removeprefix("torch.")
+        return name if self.tiles is None else f"{name} with a map"
 
 
 def examine(
@@ -157,14 +163,14 @@ def _on_the_gpu(graph: Callable[..., Any], inputs: list[list[tuple[Any, ...]]]) 
 
 
 def _copied(case: Case) -> tuple[Any, ...]:
-    return case.query.clone(), case.key, case.value, case.mask, case.is_causal
+    return case.query.clone(), case.key, case.value, case.mask, case.is_causal, case.tiles
 
 
 def _graph(inputs: list[list[tuple[Any, ...]]]) -> list[list[tuple[Tensor, Tensor]]]:
     return [
         [
-            attention_op.attention(q, k, v, mask, causal, 1.0 / math.sqrt(q.shape[-1]))
-            for q, k, v, mask, causal in row
+            attention_op.attention(q, k, v, mask, causal, 1.0 / math.sqrt(q.shape[-1]), tiles)
+            for q, k, v, mask, causal, tiles in row
         ]
         for row in inputs
     ]
@@ -182,10 +188,12 @@ def _masked(kind: Kind, query: Tensor, key: Tensor, value: Tensor) -> list[Case]
     longer = [torch.cat([x, x[:, :, :_HIDDEN] + 1], 2) for x in (key, value)]
     added = torch.zeros(size, dtype=query.dtype, device=query.device).masked_fill(~visible, -math.inf)
     longer_key, longer_value = longer
+    tiles = tile_map(visible, HEADS, kind.form.tile)
     last = query.expand(-1, -1, key.shape[2], -1)
     return [
         Case(query, key, value, None, False),
         Case(query, longer_key, longer_value, visible, False),
+        Case(query, longer_key, longer_value, visible, False, tiles),
         *([Case(query, longer_key, longer_value, added, False)] if kind.float_masks else []),
         Case(last, longer_key, longer_value, None, True),
     ]

@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from . import contract, verdicts
+from .attention_tiles import maps_of
 from .certificate import Entry, Level, source_line
 from .declared_ops import declarable_name
 from .errors import BatchInvarianceError
@@ -115,7 +116,7 @@ def entry_of(node: Node, ruling: Ruling, example: Example) -> Entry:
         inputs=tuple(
             n.name
             for n in _nodes_in((node.args, node.kwargs))
-            if _is_tensor(n) and _float(n, example) is None
+            if _is_tensor(n) and _float(n, example) is None and n not in maps_of(node)
         ),
         moves=_moves(node, example) if ruling.verdict is Verdict.INVARIANT else "",
         level=(Level.NONE if ruling.verdict in _UNCHECKED else Level.CONSTRUCTION).value,

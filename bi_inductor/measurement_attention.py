@@ -27,8 +27,8 @@ _OPERAND = re.compile(r"^ +(\w+) = (arg_\w+)(?: \+ .+)?$", re.MULTILINE)
 @dataclasses.dataclass(frozen=True)
 class AttentionRun:
     """One kernel of attention. ``form``: as in a certificate; ``dtype``: of queries, keys and values; ``head_dim``: of
-    all three; ``scale``: of the scores. ``mask``: "none", or the dtype of its elements. The others: what is free, as
-    in ``triton_attention.Schedule``."""
+    all three; ``scale``: of the scores. ``mask``: "none", or the dtype of its elements, "bool with a map" where
+    tiles are left out. The others: what is free, as in ``triton_attention.Schedule``."""
 
     form: str
     dtype: str
@@ -83,7 +83,7 @@ def _run(text: str, split: bool) -> AttentionRun | None:
     types = {name: _DTYPES.get(element, element) for name, element in operand_types(text).items()}
     try:
         operands = {types[name] for name in "QKV"}
-        widths = {values[name] for name in ("D", "BLOCK_D", "DV", "BLOCK_DV")}
+        widths = {values[name] for name in ("D", "DV")}
         accumulator = "tf32/float32" if values["INPUT_PRECISION"] == "tf32" else "float32"
         near = values["NEAR_CHUNK"]
         form = contract.Attention(
@@ -98,7 +98,9 @@ def _run(text: str, split: bool) -> AttentionRun | None:
             num_warps=values["num_warps"],
             num_stages=values["num_stages"],
             split=split,
-            mask=types["MASKS"] if values["MASK"] else "none",
+            mask=types["MASKS"] + (" with a map" if values["MASK"] == 3 else "")
+            if values["MASK"]
+            else "none",
             causal=values["CAUSAL"],
         )
     except (KeyError, ValueError):
@@ -114,7 +116,7 @@ def operand_types(text: str) -> dict[str, str]:
 def _joins(text: str, run: AttentionRun) -> bool:
     """True if the kernel ``text`` joins the chunks of ``run`` as a doctor's did."""
     values = _constants(text)
-    expected = {"DV": run.head_dim, "BLOCK_DV": run.head_dim, "BLOCK_M": 1, "num_warps": 1, "num_stages": 1}
+    expected = {"DV": run.head_dim, "BLOCK_M": 1, "num_warps": 1, "num_stages": 1}
     return values.get("OUT_TYPE") == f"tl.{run.dtype}" and expected.items() <= values.items()
 
 

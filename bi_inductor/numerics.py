@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _OPS = ("aten.", "prims.", "inductor_prims.", "bi_inductor.")
 _WITH_LENGTH = ("Chain(", "Chunks(", "Exact(", "ScaledChunks(", "Tree(")
 _LONGEST_SHOWN = 300
-_IN_PLACE = re.compile(r"_\.\w+$")  # aten.copy_.default
+_IN_PLACE = re.compile(r"[^_]_\.\w+$")  # aten.copy_.default, and not aten.__rshift__.Scalar
 #: What an op reads: "input 0", an op that computes, or elements moved from there.
 _Reads: TypeAlias = tuple[str, ...]
 

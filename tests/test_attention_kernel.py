@@ -220,7 +220,7 @@ CORRUPTIONS = {
     "other precision": ("prefill", r"'ieee'\n", "'tf32'\n"),
     "keys beyond the mask": ("prefill", r"last_position \+ 1\)", "last_position + 2)"),
     "not all keys": ("decode", r"end = KEYS", "end = KEYS - 1"),
-    "rows that do not exist": ("mask", r"idx_m, exists\)", "idx_m, inside)"),
+    "rows that do not exist": ("mask", r"idx_m, exists, tiles\)", "idx_m, inside, tiles)"),
     "full tiles too far": (
         "prefill",
         r"first_position \+ 1\) // BLOCK_N \*",
@@ -237,6 +237,8 @@ CORRUPTIONS = {
         r"k_base = K \+ idx_b \* \(",
         "k_base = K + idx_b * (triton_helpers.div_floor_integer(tl.load(V), 4) + ",
     ),
+    "the map of other queries": ("mask", r"\(first_position // GRANULE,", "(last_position // GRANULE,"),
+    "the map of another head": ("mask", r"(tiles_base = .*) \+ key_head \*", r"\1 + idx_b *"),
     "another function": ("decode", r"attention\.one_chunk\(", "attention.all_chunks("),
 }
 

@@ -333,7 +333,7 @@ def test_the_doctor_writes_the_kernels_it_compiled(kind, few_rows):
         run_of([graph.kernels[k.name] for k in graph.certificate.kernels if entry.name in k.ops], entry.form)
         for entry in ops
     ]
-    assert read == [*result.runs] and len(read) == 6 + 2 * kind.float_masks
+    assert read == [*result.runs] and len(read) == 8 + 2 * kind.float_masks
 
 
 def test_a_kernel_of_several_layers_speaks_for_each(few_rows):

@@ -11,7 +11,13 @@ from torch._inductor.virtualized import V
 
 
 def attention(
-    query: TensorBox, key: TensorBox, value: TensorBox, mask: TensorBox | None, is_causal: bool, scale: float
+    query: TensorBox,
+    key: TensorBox,
+    value: TensorBox,
+    mask: TensorBox | None,
+    is_causal: bool,
+    scale: float,
+    tiles: TensorBox | None = None,
 ) -> tuple[TensorBox, TensorBox]:
     """Shapes and results as in ``attention_op.py``."""
     from ..templates import triton_attention
@@ -20,7 +26,7 @@ def attention(
         size, device = query.get_size(), query.get_device()
         output = full([*size[:3], value.get_size()[3]], 0, dtype=query.get_dtype(), device=device)
         return output, full(size[:3], -math.inf, dtype=torch.float32, device=device)
-    return triton_attention.attention(query, key, value, mask, is_causal, scale)
+    return triton_attention.attention(query, key, value, mask, is_causal, scale, tiles)
 
 
 def attention_backward(
@@ -33,6 +39,8 @@ def attention_backward(
     delta: TensorBox,
     is_causal: bool,
     scale: float,
+    tiles: TensorBox | None = None,
+    spans: TensorBox | None = None,
 ) -> tuple[TensorBox, TensorBox, TensorBox]:
     """Shapes and results as in ``attention_backward_op.py``."""
     from ..templates import triton_attention_backward
@@ -43,7 +51,7 @@ def attention_backward(
         )
         return tuple(zeros)  # type: ignore[return-value]
     return triton_attention_backward.attention_backward(
-        grad, query, key, value, mask, logsumexp, delta, is_causal, scale
+        grad, query, key, value, mask, logsumexp, delta, is_causal, scale, tiles, spans
     )
 
 

@@ -28,6 +28,7 @@ from torch.fx import Node
 
 from bi_inductor import contract, traced
 from bi_inductor.attention_op import attention
+from bi_inductor.attention_tiles import tile_map
 from bi_inductor.certificate import source_line
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import bmm_rounding, bmm_wide, composite
@@ -78,7 +79,10 @@ def attend_safely(
     """
     if dropout_p == 0.0 and has_kernel(query, key, value):
         leading, query, key, value, attn_mask = _as_batch_of_heads(query, key, value, attn_mask, enable_gqa)
-        output, _ = attention(query, key, value, attn_mask, is_causal, _scale(query, scale))
+        tiles = None
+        if attn_mask is not None and attn_mask.dtype == torch.bool and not _is_decoding(query):
+            tiles = tiles_of(attn_mask, query, key, value)
+        output, _ = attention(query, key, value, attn_mask, is_causal, _scale(query, scale), tiles)
         return output.reshape(*leading, *output.shape[-2:])
     softmax = with_dropout(torch.ops.aten._safe_softmax.default, dropout_p)
     return attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, softmax)[0]
@@ -101,12 +105,24 @@ def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return contract.attention_form(head_dim, value_dim, query.dtype) is not None
 
 
+def tiles_of(visible: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The map of the tiles of ``visible [B or 1, H or 1, L, S]`` for inputs that have the ATTENTION form."""
+    form = contract.attention_form(int(query.shape[-1]), int(value.shape[-1]), query.dtype)
+    assert form is not None, "asked for before"
+    return tile_map(visible, int(key.shape[1]), form.tile)
+
+
+def _is_decoding(query: Tensor) -> bool:
+    """True if there are known to be so few queries that a map of tiles costs more than it saves."""
+    return isinstance(query.shape[2], int) and query.shape[2] <= 16
+
+
 def _as_batch_of_heads(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Any, ...]:
     """Leading shape of the result, and all four as ``[B, heads, rows, columns]`` views where strides allow it.
 
-    Key and value get the same number of heads. The mask is expanded to ``[B, H, L, S]``.
+    Key and value get the same number of heads. The mask is expanded to ``[B, H, L, S]``, B and H where it has them.
     """
     kept = 3 if enable_gqa else 2
     batch = torch.broadcast_shapes(*(t.shape[:-kept] for t in (query, key, value)))
@@ -115,7 +131,9 @@ def _as_batch_of_heads(
         heads = math.lcm(int(key.shape[-3]), int(value.shape[-3]))
         key, value = (t.repeat_interleave(heads // int(t.shape[-3]), -3) for t in (key, value))
     query, key, value = (t.expand(*batch, *t.shape[-kept:]) for t in (query, key, value))
-    if mask is not None:
+    if mask is not None and len(leading) == 2:
+        mask = mask[(None,) * (4 - mask.dim())].expand(-1, -1, query.shape[-2], key.shape[-2])
+    elif mask is not None:
         mask = mask.expand(*leading, query.shape[-2], key.shape[-2])
         mask = _four_dims(mask, enable_gqa)
     query, key, value = (_four_dims(t, enable_gqa) for t in (query, key, value))

@@ -5,7 +5,10 @@
 
 Both functions are mapped over grids of indices, so their results are those of pointwise ops. Stock visits partial
 blocks before full ones and splits keys by the number of SMs; which keys are in which block changes no bit here. With a
-``score_mod`` that returns its score this is attention under a boolean mask: on a GPU the kernel of the ATTENTION form.
+``score_mod`` that returns its score this is attention under a boolean mask: on a GPU the kernels of the ATTENTION form,
+and of its gradients. They leave out the tiles of keys of which no query of theirs sees anything; which those are is
+read off the mask (``attention_tiles.py``), not off the BlockMask, which may be anybody's. The mask is in memory, a byte
+for each query and key, once for all heads and batch entries that share it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from bi_inductor.attention_op import LOG2_E, attention
 from bi_inductor.certificate import source_line
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import bmm_rounding, bmm_wide
-from bi_inductor.passes.attention import autocast_applied, grouped_product, has_kernel
+from bi_inductor.passes.attention import autocast_applied, grouped_product, has_kernel, tiles_of
 from bi_inductor.passes.retarget import Retarget
 
 
@@ -51,14 +54,16 @@ def flex_attention(
         indices = [torch.arange(size, device=query.device) for size in scores.shape]
         visible = None
         if not _hides_nothing(block_mask[-1]):
-            visible = _mapped(block_mask[-1], indices, mask_mod_other_buffers).expand(scores.shape)
+            places = [x if read else x[:1] for x, read in zip(indices, _reads(block_mask[-1]), strict=True)]
+            visible = _mapped(block_mask[-1], places, mask_mod_other_buffers)
         is_plain = _returns_its_score(score_mod)
         if not is_plain:
             scores = _mapped(score_mod, indices, score_mod_other_buffers, scores).to(scores.dtype)
         modified = scores if visible is None else torch.where(visible, scores, -math.inf)
         largest = modified.detach().amax(-1) * LOG2_E
         if is_plain and has_kernel(query, key, value):
-            output, logsumexp = attention(query, key, value, visible, False, scale)
+            tiles = None if visible is None else tiles_of(visible, query, key, value)
+            output, logsumexp = attention(query, key, value, visible, False, scale, tiles)
             return output, logsumexp, largest
         probabilities = torch.ops.aten._safe_softmax.default(modified, -1)
         output = grouped_product(probabilities, value, bmm_rounding)
@@ -89,6 +94,12 @@ def _returns_its_score(score_mod: GraphModule) -> bool:
     first = next(iter(nodes))
     (result,) = next(node for node in reversed(nodes) if node.op == "output").args
     return (result[0] if isinstance(result, (tuple, list)) else result) is first
+
+
+def _reads(mask_mod: GraphModule) -> list[bool]:
+    """Which of (b, h, i, j) the mask depends on; queries and keys count always."""
+    batch, head = [node for node in mask_mod.graph.nodes if node.op == "placeholder"][:2]
+    return [bool(batch.users), bool(head.users), True, True]
 
 
 def _hides_nothing(mask_mod: GraphModule) -> bool:

@@ -24,7 +24,7 @@ from torch.nn.attention import varlen as _stock_ops  # noqa: F401  (registers th
 
 from bi_inductor.attention_op import attention
 from bi_inductor.ops import composite, moved_rows
-from bi_inductor.passes.attention import attend, has_kernel
+from bi_inductor.passes.attention import attend, has_kernel, tiles_of
 from bi_inductor.passes.retarget import Retarget
 
 _PARAMETERS = (
@@ -93,8 +93,11 @@ def _attend(
     """[N, H, L, Dv], and the logsumexp [N, H, L] in nats: -inf where no key is visible."""
     scale = 1.0 / math.sqrt(int(query.shape[-1])) if scale is None else scale
     if has_kernel(query, key, value):
-        mask = None if visible is None else visible.expand(*query.shape[:3], key.shape[2])
-        output, logsumexp = attention(query, key, value, mask, is_causal, scale)
+        tiles = None
+        if visible is not None:
+            visible = visible.expand(-1, -1, query.shape[2], -1)
+            tiles = tiles_of(visible, query, key, value)
+        output, logsumexp = attention(query, key, value, visible, is_causal, scale, tiles)
         return output, logsumexp * math.log(2)
     totals: list[Tensor] = []
 

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from ..attention_tiles import maps_of
 from ..certificate import source_line
 from ..verdicts import is_pointwise
 from .place import INDEPENDENT, Cause, Mixed, Place, Rows, batches, joined, merged, reshaped
@@ -317,7 +318,8 @@ def _embedding(step: Step) -> Place:
 
 def _attention(step: Step) -> Place:
     """query, key, value of [batch, heads, length, width]: each batch entry and head by itself."""
-    operands = [(step.places[node], len(shape_of(node))) for node in step.node.all_input_nodes]
+    nodes = [node for node in step.node.all_input_nodes if node not in maps_of(step.node)]
+    operands = [(step.places[node], len(shape_of(node))) for node in nodes]
     cause = step.cause("rows meet across dimensions")
     place = joined(operands, 4, cause)
     return (

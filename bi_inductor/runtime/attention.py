@@ -139,21 +139,57 @@ def load_mask(pointers, exists, other, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def ones_of(word):
+    """How many bits of a ``word``, 0 ... 2**32 - 1 as int64, are ones."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return (((word * 0x01010101) >> 24) & 0xFF).to(tl.int32)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def tile_words(tiles, first, high, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
+    """(tiles of which a row of the program sees something, tiles of which one does not see all): bits of an int64.
+
+    Bit 0 is the tile at key ``first``; the last one ends at ``high``, or where its word of the map does.
+    """
+    base, stride_granule, stride_word, first_granule, last_granule = tiles
+    granules = first_granule + tl.arange(0, GRANULES)
+    at = base + granules * stride_granule + (first // (32 * BLOCK_N)) * 2 * stride_word
+    exists = granules <= last_granule
+    seen = tl.reduce(tl.load(at, mask=exists, other=0), 0, _either)
+    holes = tl.reduce(tl.load(at + stride_word, mask=exists, other=0), 0, _either)
+    place = (first // BLOCK_N) % 32
+    count = tl.minimum(tl.cdiv(high - first, BLOCK_N), 32 - place)
+    seen = ((seen.to(tl.int64) & 0xFFFFFFFF) >> place) & ((tl.full((), 1, tl.int64) << count) - 1)
+    return seen, (holes.to(tl.int64) & 0xFFFFFFFF) >> place
+
+
+@triton.jit
 def _tile(
     state,
     q,
     keys_and_values,
     mask_and_rows,
     start,
+    hides,
     key_count,
     EDGE: tl.constexpr,
     SHAPE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """One tile of keys: (m, sums, acc) -> (m, sums, acc). EDGE: some of its keys may be hidden or not exist."""
+    """One tile of keys: (m, sums, acc) -> (m, sums, acc). EDGE: some of its keys may be hidden or not exist.
+
+    ``hides``: false if all of its keys that exist are known to be visible.
+    """
     m, sums, acc = state
     k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
-    mask_base, stride_mn, positions, rows_exist = mask_and_rows
+    mask_base, stride_mn, positions, rows_exist, _ = mask_and_rows
     BLOCK_N: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     BLOCK_D: tl.constexpr = SHAPE[2]
@@ -193,6 +229,10 @@ def _tile(
         if MASK == 1:
             at = mask_base + keys.to(INDEX)[None, :] * stride_mn
             visible = visible & (load_mask(at, exists & rows_exist, 0, WIDTH) != 0)
+        if MASK == 3:
+            at = mask_base + keys.to(INDEX)[None, :] * stride_mn
+            shown = load_mask(at, exists & rows_exist & hides, 0, WIDTH) != 0
+            visible = visible & (shown | (hides == 0))
         if MASK == 2:
             at = mask_base + keys.to(INDEX)[None, :] * stride_mn
             t += load_mask(at, exists & rows_exist, 0.0, WIDTH).to(tl.float32)
@@ -223,7 +263,11 @@ def one_chunk(
     SCORES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row."""
+    """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row.
+
+    With a map of tiles (MASK = 3, ``attention_tiles.py``) those that every row of the program is hidden from are left
+    out, and of those that hide nothing the mask is not read; with others tile follows on tile.
+    """
     BLOCK_N: tl.constexpr = SHAPE[0]
     EDGE_STAGES: tl.constexpr = STAGES[1]
     m = tl.full((q[0].shape[0],), LOWEST, tl.float32)
@@ -235,11 +279,28 @@ def one_chunk(
         for start in tl.range(low, edge, BLOCK_N, num_stages=STAGES[0]):
             state = (m, sums, acc)
             m, sums, acc = _tile(
-                state, q, keys_and_values, mask_and_rows, start, key_count, False, SHAPE, SCORES
+                state, q, keys_and_values, mask_and_rows, start, True, key_count, False, SHAPE, SCORES
             )
-    for start in tl.range(edge, high, BLOCK_N, num_stages=EDGE_STAGES):
-        state = (m, sums, acc)
-        m, sums, acc = _tile(state, q, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES)
+    if SCORES[1] == 3:
+        WORD: tl.constexpr = 32 * BLOCK_N
+        for word in tl.range(low // WORD, tl.cdiv(high, WORD), num_stages=1):
+            first = tl.maximum(low, word * WORD)
+            seen, holes = tile_words(mask_and_rows[4], first, high, BLOCK_N, SCORES[5])
+            for _ in tl.range(0, ones_of(seen), num_stages=EDGE_STAGES):
+                lowest = seen & -seen
+                seen = seen ^ lowest
+                start = first + ones_of(lowest - 1) * BLOCK_N
+                hides = (holes & lowest) != 0
+                state = (m, sums, acc)
+                m, sums, acc = _tile(
+                    state, q, keys_and_values, mask_and_rows, start, hides, key_count, True, SHAPE, SCORES
+                )
+    else:
+        for start in tl.range(edge, high, BLOCK_N, num_stages=EDGE_STAGES):
+            state = (m, sums, acc)
+            m, sums, acc = _tile(
+                state, q, keys_and_values, mask_and_rows, start, True, key_count, True, SHAPE, SCORES
+            )
     return m, total(sums), acc
 
 

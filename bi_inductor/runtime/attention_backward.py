@@ -18,7 +18,7 @@ Sizes of tiles, warps, stages and how rows are packed into a tile of dq are free
 import triton
 import triton.language as tl
 
-from .attention import LOG2_E, load_mask, load_rows
+from .attention import LOG2_E, load_mask, load_rows, ones_of, tile_words
 
 
 @triton.jit
@@ -34,13 +34,18 @@ def load_statistics(logsumexp, delta, exists):
 
 
 @triton.jit
-def _visible(mask_pointers, positions, keys, exists, SCORES: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of the pairs that exist see each other; [M, N] or [N, M] like ``exists``."""
+def _visible(mask_pointers, positions, keys, exists, hides, SCORES: tl.constexpr, WIDTH: tl.constexpr):
+    """Which of the pairs that exist see each other; [M, N] or [N, M] like ``exists``.
+
+    ``hides``: as in ``attention.py``.
+    """
     visible = exists
     if SCORES[0]:
         visible = visible & (keys <= positions)
     if SCORES[1] == 1:
         visible = visible & (load_mask(mask_pointers, exists, 0, WIDTH) != 0)
+    if SCORES[1] == 3:
+        visible = visible & ((load_mask(mask_pointers, exists & hides, 0, WIDTH) != 0) | (hides == 0))
     return visible
 
 
@@ -79,6 +84,7 @@ def _query_tile(
     keys_and_values,
     mask_and_rows,
     start,
+    hides,
     key_count,
     EDGE: tl.constexpr,
     SHAPE: tl.constexpr,
@@ -87,7 +93,7 @@ def _query_tile(
     """dq [M, D] after one more tile of keys. EDGE: some of its keys may be hidden or not exist."""
     logsumexp, delta = statistics
     k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
-    mask_base, stride_mn, positions, rows_exist = mask_and_rows
+    mask_base, stride_mn, positions, rows_exist, _ = mask_and_rows
     BLOCK_N: tl.constexpr = SHAPE[1]
     D: tl.constexpr = SHAPE[2]
     BLOCK_D: tl.constexpr = SHAPE[3]
@@ -109,7 +115,7 @@ def _query_tile(
     if EDGE:
         pairs = (keys < key_count)[None, :] & rows_exist
         at = mask_base + keys.to(INDEX)[None, :] * stride_mn
-        visible = _visible(at, positions, keys[None, :], pairs, SCORES, WIDTH)
+        visible = _visible(at, positions, keys[None, :], pairs, hides, SCORES, WIDTH)
     t = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = _probabilities(t, logsumexp, at, visible, pairs, EDGE, SCORES, WIDTH)
     ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta)
@@ -130,7 +136,10 @@ def query_gradients(
     SCORES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq / scale [M, D] from keys 0 ... end - 1; those before ``full`` are visible to every row."""
+    """dq / scale [M, D] from keys 0 ... end - 1; those before ``full`` are visible to every row.
+
+    With a map of tiles those that are hidden are left out, as in ``attention.one_chunk``.
+    """
     BLOCK_N: tl.constexpr = SHAPE[1]
     EDGE_STAGES: tl.constexpr = STAGES[1]
     acc = tl.zeros((q.shape[0], SHAPE[3]), tl.float32)
@@ -139,12 +148,58 @@ def query_gradients(
         edge = full
         for start in tl.range(0, full, BLOCK_N, num_stages=STAGES[0]):
             acc = _query_tile(
-                acc, q, g, statistics, keys_and_values, mask_and_rows, start, key_count, False, SHAPE, SCORES
+                acc,
+                q,
+                g,
+                statistics,
+                keys_and_values,
+                mask_and_rows,
+                start,
+                True,
+                key_count,
+                False,
+                SHAPE,
+                SCORES,
             )
-    for start in tl.range(edge, end, BLOCK_N, num_stages=EDGE_STAGES):
-        acc = _query_tile(
-            acc, q, g, statistics, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES
-        )
+    if SCORES[1] == 3:
+        WORD: tl.constexpr = 32 * BLOCK_N
+        for first in tl.range(0, end, WORD, num_stages=1):
+            seen, holes = tile_words(mask_and_rows[4], first, end, BLOCK_N, SCORES[4])
+            for _ in tl.range(0, ones_of(seen), num_stages=EDGE_STAGES):
+                lowest = seen & -seen
+                seen = seen ^ lowest
+                start = first + ones_of(lowest - 1) * BLOCK_N
+                hides = (holes & lowest) != 0
+                acc = _query_tile(
+                    acc,
+                    q,
+                    g,
+                    statistics,
+                    keys_and_values,
+                    mask_and_rows,
+                    start,
+                    hides,
+                    key_count,
+                    True,
+                    SHAPE,
+                    SCORES,
+                )
+    else:
+        for start in tl.range(edge, end, BLOCK_N, num_stages=EDGE_STAGES):
+            acc = _query_tile(
+                acc,
+                q,
+                g,
+                statistics,
+                keys_and_values,
+                mask_and_rows,
+                start,
+                True,
+                key_count,
+                True,
+                SHAPE,
+                SCORES,
+            )
     return acc
 
 
@@ -203,7 +258,7 @@ def _key_tile(
     if EDGE:
         pairs = (rows < group * length)[None, :] & keys_exist
         at = mask_base + heads[None, :] * stride_mh + positions[None, :] * stride_mm + keys * stride_mn
-        visible = _visible(at, positions[None, :], keys, pairs, SCORES, WIDTH)
+        visible = _visible(at, positions[None, :], keys, pairs, True, SCORES, WIDTH)
     t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = _probabilities(t, logsumexp[None, :], at, visible, pairs, EDGE, SCORES, WIDTH)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
@@ -213,11 +268,22 @@ def _key_tile(
 
 
 @triton.jit
+def span_of(base, stride_granule, stride_end, first_key, keys, GRANULE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first query that sees one of the BLOCK_N keys from ``first_key``, one after the last), of a map of spans."""
+    granules = first_key // GRANULE + tl.arange(0, BLOCK_N // GRANULE)
+    exists = granules * GRANULE < keys
+    first = tl.load(base + granules * stride_granule, mask=exists, other=2147483647)
+    last = tl.load(base + granules * stride_granule + stride_end, mask=exists, other=0)
+    return tl.min(first, 0), tl.max(last, 0)
+
+
+@triton.jit
 def key_gradients(
     k,
     v,
     queries,
     mask_and_keys,
+    span,
     first_key,
     group,
     length,
@@ -230,6 +296,7 @@ def key_gradients(
     The rows of a group, head after head, are cut into tiles of BLOCK_M. For each head come the tiles that only some of
     its pairs need (under a causal mask those around the diagonal), then those inside the head that need no mask. The
     tile that a head shares with the next one stands at the beginning of the next one's. Tiles ascend, each comes once.
+    ``span``: with a map (MASK = 3) no query of a head before the first sees one of the keys, nor one from the second.
     """
     BLOCK_M: tl.constexpr = SHAPE[0]
     EDGE_STAGES: tl.constexpr = STAGES[1]
@@ -243,7 +310,11 @@ def key_gradients(
     # Queries of a head before the first that sees one of the keys; before the first that sees all of them.
     none = length * 0
     some = none
+    until = length
     heads = group + 1
+    if SCORES[1] == 3:
+        none = tl.minimum(span[0], length)
+        until = tl.minimum(span[1], length)
     if SCORES[0]:
         none = tl.minimum(first_key, length)
         some = tl.minimum(first_key + (SHAPE[1] - 1), length)
@@ -253,7 +324,7 @@ def key_gradients(
     for head in tl.range(0, heads, num_stages=1):
         start = head * length
         first = tl.minimum(tl.maximum((start + none) // BLOCK_M, done), tiles)
-        last = tl.minimum(tl.cdiv(start + length, BLOCK_M), tiles)
+        last = tl.maximum(tl.minimum(tl.cdiv(start + until, BLOCK_M), tiles), first)
         full = last
         inside = last
         if SCORES[1] == 0:

@@ -16,13 +16,14 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import empty
+from torch._inductor.lowering import empty, expand
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max, Min
 
 from bi_inductor import contract
+from bi_inductor.attention_tiles import GRANULE
 from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
 from bi_inductor.templates.triton_matmul import tf32_is_allowed
 
@@ -47,16 +48,25 @@ ROWS = r"""
     k_base = K + idx_b * ({{stride("K", 0)}}) + key_head * ({{stride("K", 1)}})
     v_base = V + idx_b * ({{stride("V", 0)}}) + key_head * ({{stride("V", 1)}})
     k_and_v = (k_base, {{stride("K", 2)}}, {{stride("K", 3)}}, v_base, {{stride("V", 2)}}, {{stride("V", 3)}})
+{% if CAUSAL or MASK == 3 %}
+    first_position = tile * BLOCK_M // GROUP
+    last_position = (tl.minimum(tile * BLOCK_M + BLOCK_M, ROWS) - 1) // GROUP
+{% endif %}
+{% if MASK == 3 %}
+    tiles_base = TILES + idx_b * ({{stride("TILES", 0)}}) + key_head * ({{stride("TILES", 1)}})
+    granules = (first_position // GRANULE, last_position // GRANULE)
+    tiles = (tiles_base, {{stride("TILES", 2)}}, {{stride("TILES", 3)}}, granules[0], granules[1])
+{% else %}
+    tiles = 0
+{% endif %}
 {% if MASK %}
     mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + idx_h * ({{stride("MASKS", 1)}})
     mask_base += idx_m * ({{stride("MASKS", 2)}})
-    mask_and_rows = (mask_base, {{stride("MASKS", 3)}}, idx_m, exists)
+    mask_and_rows = (mask_base, {{stride("MASKS", 3)}}, idx_m, exists, tiles)
 {% else %}
-    mask_and_rows = (0, 0, idx_m, exists)
+    mask_and_rows = (0, 0, idx_m, exists, tiles)
 {% endif %}
 {% if CAUSAL %}
-    first_position = tile * BLOCK_M // GROUP
-    last_position = (tl.minimum(tile * BLOCK_M + BLOCK_M, ROWS) - 1) // GROUP
     end = tl.minimum(KEYS, last_position + 1)
     full = tl.minimum(KEYS, first_position + 1) // BLOCK_N * BLOCK_N
 {% else %}
@@ -67,7 +77,7 @@ ROWS = r"""
 
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE, BLOCK_REST)
-    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION)
+    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION, GRANULES)
     CHUNKS: tl.constexpr = (NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
     q = attention.load_query(q_base, idx_m, {{stride("Q", 2)}}, {{stride("Q", 3)}}, exists, SHAPE)
@@ -75,7 +85,9 @@ _CONSTANTS = r"""
 
 WHOLE = (
     r"""
-{% if MASK %}
+{% if MASK == 3 %}
+{{def_kernel("Q", "K", "V", "MASKS", "TILES", "LSE")}}
+{% elif MASK %}
 {{def_kernel("Q", "K", "V", "MASKS", "LSE")}}
 {% else %}
 {{def_kernel("Q", "K", "V", "LSE")}}
@@ -95,7 +107,9 @@ WHOLE = (
 
 ONE_CHUNK = (
     r"""
-{% if MASK %}
+{% if MASK == 3 %}
+{{def_kernel("Q", "K", "V", "MASKS", "TILES", "MAXIMA", "SUMS")}}
+{% elif MASK %}
 {{def_kernel("Q", "K", "V", "MASKS", "MAXIMA", "SUMS")}}
 {% else %}
 {{def_kernel("Q", "K", "V", "MAXIMA", "SUMS")}}
@@ -247,12 +261,15 @@ def attention(
     mask: ir.TensorBox | None,
     is_causal: bool,
     scale: float,
+    tiles: ir.TensorBox | None = None,
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     """Lowering of ``bi_inductor::attention``; shapes and results as there."""
-    operands = [x for x in (query, key, value, mask) if x is not None]
     *_, queries, _ = size = query.get_size()
     batch, heads = size[:2]
     key_heads, keys = key.get_size()[1:3]
+    mask = None if mask is None else expand(mask, [batch, heads, queries, keys])
+    tiles = None if tiles is None else expand(tiles, [batch, key_heads, *tiles.get_size()[2:]])
+    operands = [x for x in (query, key, value, mask, tiles) if x is not None]
     head_dim, value_dim = (V.graph.sizevars.guard_int(x.get_size()[-1]) for x in (query, value))
     dtype, device = query.get_dtype(), query.get_device()
     form = contract.attention_form(head_dim, value_dim, dtype, tf32=tf32_is_allowed())
@@ -270,7 +287,7 @@ def attention(
         properties.multi_processor_count,
         properties.major,
     )
-    constants = _constants(form, schedule, head_dim, value_dim, mask, is_causal, scale)
+    constants = _constants(form, schedule, head_dim, value_dim, mask_kind(mask, tiles), is_causal, scale)
     rows = [batch, heads, queries]
     # Heads beside each other for one query: what follows joins them without a copy.
     strides = [queries * heads * value_dim, value_dim, heads * value_dim, 1]
@@ -304,6 +321,18 @@ def attention(
     return out, logsumexp
 
 
+def mask_kind(mask: ir.TensorBox | None, tiles: ir.TensorBox | None) -> int:
+    """What kernels call MASK: 0 none, 1 of bools, 2 of floats, 3 of bools with a map of its tiles."""
+    if mask is None:
+        return 0
+    return 2 if mask.get_dtype() != torch.bool else 1 if tiles is None else 3
+
+
+def granules_of(block_m: int) -> dict[str, Any]:
+    """Constants of a program with ``block_m`` rows: queries of a granule, and a power of two for all that it meets."""
+    return {"GRANULE": GRANULE, "GRANULES": 1 << (block_m // GRANULE + 1).bit_length()}
+
+
 def _triton_name(dtype: torch.dtype) -> str:
     return f"tl.{str(dtype).removeprefix('torch.')}"
 
@@ -320,11 +349,10 @@ def _constants(
     schedule: Schedule,
     head_dim: int,
     value_dim: int,
-    mask: ir.TensorBox | None,
+    kind: int,
     is_causal: bool,
     scale: float,
 ) -> dict[str, Any]:
-    kind = 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2
     return {
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": form.tile,
@@ -337,12 +365,13 @@ def _constants(
         "MASK": kind,
         "SCALE": scale,
         "SCALE_FIRST": kind == 2 or not (0 < scale < math.inf),
+        **granules_of(schedule.block_m),
         "INPUT_PRECISION": "'tf32'" if form.accumulator.startswith("tf32") else "'ieee'",
         "NEAR_CHUNK": form.near_chunk,
         "NEAR_CHUNKS": form.near_keys // form.near_chunk,
         "FAR_CHUNK": form.far_chunk,
         "FULL_STAGES": schedule.num_stages,
-        "EDGE_STAGES": schedule.num_stages if kind or schedule.split else 1,
+        "EDGE_STAGES": schedule.num_stages if schedule.split else min(schedule.num_stages, 2) if kind else 1,
     }
 
 

@@ -14,24 +14,33 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import empty, permute
+from torch._inductor.lowering import empty, expand, permute
 from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
 
 from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
-from bi_inductor.templates.triton_attention import ROWS, attention_grid, padded, static_size
+from bi_inductor.templates.triton_attention import (
+    ROWS,
+    attention_grid,
+    granules_of,
+    mask_kind,
+    padded,
+    static_size,
+)
 from bi_inductor.templates.triton_matmul import tf32_is_allowed
 
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
-    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, INPUT_PRECISION)
+    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES)
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
 """
 
 QUERY_GRADIENTS = (
     r"""
-{% if MASK %}
+{% if MASK == 3 %}
+{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS", "TILES")}}
+{% elif MASK %}
 {{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS")}}
 {% else %}
 {{def_kernel("Q", "K", "V", "G", "LSE", "DELTA")}}
@@ -60,7 +69,9 @@ QUERY_GRADIENTS = (
 
 KEY_GRADIENTS = (
     r"""
-{% if MASK %}
+{% if MASK == 3 %}
+{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS", "SPANS", "DV_OUT")}}
+{% elif MASK %}
 {{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS", "DV_OUT")}}
 {% else %}
 {{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "DV_OUT")}}
@@ -97,11 +108,19 @@ KEY_GRADIENTS = (
 {% else %}
     mask_and_keys = (0, (0, 0, 0), idx_n, exists)
 {% endif %}
+{% if MASK == 3 %}
+    spans_base = SPANS + idx_b * ({{stride("SPANS", 0)}}) + key_head * ({{stride("SPANS", 1)}})
+    span = attention_backward.span_of(
+        spans_base, {{stride("SPANS", 2)}}, {{stride("SPANS", 3)}}, key_tile * BLOCK_N, KEYS, GRANULE, BLOCK_N
+    )
+{% else %}
+    span = (0, QUERIES)
+{% endif %}
 """
     + _CONSTANTS
     + r"""
     dk, dv = attention_backward.key_gradients(
-        k, v, queries, mask_and_keys, key_tile * BLOCK_N, GROUP, QUERIES, SHAPE, SCORES, STAGES
+        k, v, queries, mask_and_keys, span, key_tile * BLOCK_N, GROUP, QUERIES, SHAPE, SCORES, STAGES
     )
     dv = attention_backward.finish(dv).to(V.dtype.element_ty)
     dv_row = (idx_b * KEYS + idx_n) * KEY_HEADS + key_head
@@ -213,6 +232,8 @@ def attention_backward(
     delta: ir.TensorBox,
     is_causal: bool,
     scale: float,
+    tiles: ir.TensorBox | None = None,
+    spans: ir.TensorBox | None = None,
 ) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]:
     """Lowering of ``bi_inductor::attention_backward``; shapes and results as there."""
     batch, heads, queries, _ = query.get_size()
@@ -221,13 +242,15 @@ def attention_backward(
     dtype, device = query.get_dtype(), query.get_device()
     width, pairs = padded(max(head_dim, value_dim)), batch * key_heads
     rows = queries * FloorDiv(heads, key_heads)
-    constants = _constants(head_dim, value_dim, dtype, mask, is_causal, scale)
+    constants = _constants(head_dim, value_dim, dtype, mask_kind(mask, tiles), is_causal, scale)
     statistics = [ir.ExternKernel.require_contiguous(realized(x)) for x in (logsumexp, delta)]
     operands = [realized(x) for x in (query, key, value, grad)] + statistics
-    operands += [] if mask is None else [realized(mask)]
+    operands += [] if mask is None else [realized(expand(mask, [batch, heads, queries, keys]))]
+    maps = [] if tiles is None or spans is None else [tiles, spans]
+    tile_maps = [realized(expand(x, [batch, key_heads, *x.get_size()[2:]])) for x in maps]
     dq = _call(
         query_template,
-        operands,
+        [*operands, *tile_maps[:1]],
         _beside_each_other(device, dtype, [batch, heads, queries, head_dim]),
         [pairs, rows, 1],
         query_schedule_for(static_size(rows), width, dtype.itemsize),
@@ -236,7 +259,7 @@ def attention_backward(
     stored = empty([batch, keys, key_heads, value_dim], dtype=dtype, device=device)
     dk = _call(
         key_template,
-        [*operands, realized(stored)],
+        [*operands, *tile_maps[1:], realized(stored)],
         _beside_each_other(device, dtype, [batch, key_heads, keys, head_dim]),
         [pairs, keys],
         key_schedule_for(static_size(keys), width, dtype.itemsize),
@@ -256,7 +279,7 @@ def _constants(
     head_dim: int,
     value_dim: int,
     dtype: torch.dtype,
-    mask: ir.TensorBox | None,
+    kind: int,
     is_causal: bool,
     scale: float,
 ) -> dict[str, Any]:
@@ -267,7 +290,7 @@ def _constants(
         "DV": value_dim,
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
-        "MASK": 0 if mask is None else 1 if mask.get_dtype() == torch.bool else 2,
+        "MASK": kind,
         "SCALE": scale,
         "INPUT_PRECISION": "'tf32'" if is_tf32 else "'ieee'",
     }
@@ -291,6 +314,7 @@ def _call(
         call_sizes=grid,
         BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
+        **granules_of(schedule.block_m),
         FULL_STAGES=schedule.full_stages,
         EDGE_STAGES=schedule.full_stages if constants["MASK"] else schedule.edge_stages,
         **constants,

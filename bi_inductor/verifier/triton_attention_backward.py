@@ -8,11 +8,11 @@ from __future__ import annotations
 CORES = {
     "query_gradients": "q, g, statistics, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, STAGES",
     "key_gradients": (
-        "k, v, queries, mask_and_keys, key_tile * BLOCK_N, GROUP, QUERIES, SHAPE, SCORES, STAGES"
+        "k, v, queries, mask_and_keys, span, key_tile * BLOCK_N, GROUP, QUERIES, SHAPE, SCORES, STAGES"
     ),
 }
 #: What calls of ``runtime/attention_backward.py`` an emitted kernel may make.
-CALLS = frozenset(["finish", "load_rows", "load_statistics", *CORES])
+CALLS = frozenset(["finish", "load_rows", "load_statistics", "span_of", *CORES])
 _ROOM = "attention_backward"
 _SCALED = "tl.full((), SCALE, tl.float32)"
 BOUND = {
@@ -41,7 +41,12 @@ BOUND = {
     "mask_strides": ["(#, #, #)"],
     "mask_and_keys": ["(mask_base, mask_strides, idx_n, exists)", "(0, (0, 0, 0), idx_n, exists)"],
     "SHAPE": ["(BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)"],
-    "SCORES": ["(CAUSAL, MASK, SCALE, INPUT_PRECISION)"],
+    "SCORES": ["(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES)"],
+    "spans_base": ["SPANS + idx_b * (#) + key_head * (#)"],
+    "span": [
+        f"{_ROOM}.span_of(spans_base, #, #, key_tile * BLOCK_N, KEYS, GRANULE, BLOCK_N)",
+        "(0, QUERIES)",
+    ],
     "acc": [f"{_ROOM}.query_gradients({CORES['query_gradients']})"],
     "dk": [f"{_ROOM}.key_gradients({CORES['key_gradients']})"],
     "dv": [f"{_ROOM}.key_gradients({CORES['key_gradients']})", f"{_ROOM}.finish(dv).to(V.dtype.element_ty)"],

@@ -1,0 +1,153 @@
+"""The map of a mask's tiles: what it says, that kernels follow it, and that it changes no bit."""
+
+import math
+
+import attention_gradients
+import pytest
+import torch
+import torch.nn.functional as F
+from devices import compiled
+
+from bi_inductor import certify, inspect
+from bi_inductor.attention_backward_op import attention_backward
+from bi_inductor.attention_op import attention
+from bi_inductor.attention_tiles import GRANULE, WORD, query_spans, tile_map
+from bi_inductor.interpreter import run_in_interpreter
+from bi_inductor.testing import same_bits
+
+
+def band(queries, keys, width=15, shift=20):
+    """[L, S]: a window that moves, so that most tiles are hidden; no query sees the last keys."""
+    return (torch.arange(keys) - torch.arange(queries)[:, None] - shift).abs() < width
+
+
+def operands(queries, keys, heads=2, key_heads=1, head_dim=16, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, queries), (key_heads, keys), (key_heads, keys))
+    return [torch.randn(2, *shape, head_dim, generator=generator).bfloat16().to(device) for shape in shapes]
+
+
+def mapped(query, key, value, mask, tiles):
+    return attention(query, key, value, mask, False, 0.25, tiles)
+
+
+def unmapped(query, key, value, mask):
+    return attention(query, key, value, mask, False, 0.25)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_the_map_says(heads):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, heads, 37, 700, generator=generator) < 0.01
+    mask[:, :, :16, 64:100] = True
+    mask[1, -1, 16:] = False
+    groups, tile = (2, 16) if heads == 4 else (1, 16)
+    tiles, spans = tile_map(mask, 2, tile), query_spans(mask, 2)
+    assert tiles.shape == (2, groups, 3, 4) and spans.shape == (2, groups, 44, 2)
+    for b, group in ((b, g) for b in range(2) for g in range(groups)):
+        here = mask[b, group * 2 : group * 2 + 2] if heads == 4 else mask[b]
+        for granule, key_tile in ((g, t) for g in range(3) for t in range(44)):
+            block = here[:, granule * GRANULE :, key_tile * tile :][:, :GRANULE, :tile]
+            seen, holes = tiles[b, group, granule, 2 * (key_tile // WORD) :][:2] >> key_tile % WORD & 1
+            assert (seen, holes) == (block.any(), not block.all())
+        for granule, span in enumerate(spans[b, group]):
+            queries = (
+                here[:, :, granule * GRANULE :][:, :, :GRANULE].any(0).any(-1).nonzero().flatten().tolist()
+            )
+            assert span.tolist() == ([queries[0], queries[-1] + 1] if queries else [37, 0])
+
+
+@pytest.mark.parametrize("queries", [1, 17], ids=["split", "in sequence"])
+def test_the_map_changes_no_bit(queries):
+    """Many tiles are hidden, some in whole chunks, and some hide nothing."""
+    inputs = [x[:1] for x in operands(queries, 1100)]
+    mask = (band(queries, 1100) | band(queries, 1100, 80, 1000))[None, None]
+    tiles = tile_map(mask, 1, 64)
+    found = run_in_interpreter(mapped, *inputs, mask, tiles)
+    assert all(map(same_bits, found, run_in_interpreter(unmapped, *inputs, mask)))
+
+
+def test_kernels_follow_the_map():
+    """Teeth: tiles are left out, and masks not read, because the map says so."""
+    inputs = operands(1, 600)
+    mask = band(1, 600, 80, 300)[None, None]
+    tiles = tile_map(mask, 1, 64)
+    found = run_in_interpreter(mapped, *inputs, mask, tiles)
+    output, logsumexp = run_in_interpreter(mapped, *inputs, mask, torch.zeros_like(tiles))
+    assert not output.any() and (logsumexp == -math.inf).all()
+    tiles[..., 1::2] = 0
+    assert not same_bits(run_in_interpreter(mapped, *inputs, mask, tiles)[0], found[0])
+
+
+def test_what_hidden_tiles_hold_is_not_met():
+    """No query of a program sees these keys: their values may be anything, and keys may wherever they are hidden."""
+    inputs = operands(20, 300)
+    mask = band(20, 300)[None, None]
+    tiles = tile_map(mask, 1, 64)
+    expected = run_in_interpreter(mapped, *inputs, mask, tiles)
+    _, key, value = inputs
+    hidden = ~mask[0, 0].any(0)
+    key[:, :, hidden] = math.nan
+    value[:, :, 128:] = math.inf
+    assert all(map(same_bits, run_in_interpreter(mapped, *inputs, mask, tiles), expected))
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_the_map_changes_no_bit_of_gradients(key_heads):
+    inputs = attention_gradients.operands(1, 2, key_heads, 100, 200, 16, 16, torch.bfloat16, "bool")
+    mask = band(100, 200)[None, None] & (inputs[4] if key_heads == 2 else True)
+    inputs[4] = mask
+    tiles, spans = tile_map(mask, key_heads, 64), query_spans(mask, key_heads)
+
+    def backward(*tensors):
+        return attention_backward(*tensors[:7], False, 0.3, *tensors[7:])
+
+    expected = run_in_interpreter(attention_gradients.fused(False, 0.3), *inputs)
+    assert all(map(same_bits, run_in_interpreter(backward, *inputs, tiles, spans), expected))
+    of_query, _, _ = run_in_interpreter(backward, *inputs, torch.zeros_like(tiles), torch.zeros_like(spans))
+    assert not of_query.any()
+
+
+def masked(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def test_many_queries_have_a_map_and_it_is_not_in_the_fingerprint():
+    def graph(queries):
+        (found,) = inspect(masked, *operands(queries, 300), torch.ones(2, 1, queries, 300).bool()).graphs
+        return found
+
+    prefill, decode = graph(70), graph(1)
+    assert "TILES" in prefill.source and "TILES" not in decode.source
+    assert prefill.certificate.fingerprint == decode.certificate.fingerprint
+
+
+def test_a_map_mixes_no_rows():
+    inputs = (*operands(70, 300), torch.ones(2, 1, 70, 300).bool())
+    made = certify(masked, *inputs, batch_dim=0)
+    assert made.batch.holds and not made.batch.row_mixing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 40, 1000])
+def test_the_map_changes_no_bit_on_a_gpu(queries):
+    inputs = operands(queries, 4000, 8, 2, 128, "cuda")
+    for heads in (1, 8):
+        mask = band(queries, 4000, 300, 900).cuda() | (torch.arange(4000, device="cuda") < 100)
+        mask = mask & (
+            torch.arange(8, device="cuda")[:heads, None, None] * 130 < torch.arange(4000, device="cuda")
+        )
+        mask = mask[None].contiguous()
+        tiles = tile_map(mask, 2, 64)
+        torch._dynamo.reset()
+        expected = compiled(unmapped, dynamic=False)(*inputs, mask)
+        assert all(map(same_bits, compiled(mapped, dynamic=False)(*inputs, mask, tiles), expected))
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        gradients = [
+            torch.autograd.grad(fn(*leaves, mask, *extra)[0].float().square().sum(), leaves)
+            for fn, extra in (
+                (compiled(unmapped, dynamic=False), ()),
+                (compiled(mapped, dynamic=False), (tiles,)),
+            )
+        ]
+        assert all(map(same_bits, *gradients))

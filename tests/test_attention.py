@@ -230,7 +230,7 @@ def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 5, 8)])
     graph = torch.fx.symbolic_trace(lambda q: F.scaled_dot_product_attention(q, q, q))
     next(iter(graph.graph.nodes)).meta["example_value"] = nested
-    with pytest.raises(BatchInvarianceError, match="nested"):
+    with pytest.raises(BatchInvarianceError, match="jagged"):
         canonicalize(graph)
 
 

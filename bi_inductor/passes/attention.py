@@ -55,11 +55,15 @@ def scaled_dot_product_attention(
     """``query [..., H, L, E]``, ``key [..., Hk, S, E]``, ``value [..., Hv, S, Ev]`` -> ``[..., H, L, Ev]``.
 
     Same arguments and meaning as ``torch.nn.functional.scaled_dot_product_attention``; without
-    ``enable_gqa`` all leading dims broadcast and may be absent. Raises RuntimeError for a ``dropout_p``
-    outside [0, 1].
+    ``enable_gqa`` all leading dims broadcast and may be absent; or jagged tensors, as in ``jagged.py``. Raises
+    RuntimeError for a ``dropout_p`` outside [0, 1].
     """
     torch._check(attn_mask is None or not is_causal, lambda: "attn_mask and is_causal exclude each other")
     with autocast_applied(query, key, value, attn_mask) as (query, key, value, attn_mask):
+        if query.is_nested:
+            from bi_inductor.passes.jagged import jagged_attention
+
+            return jagged_attention(query, key, value, is_causal, scale, enable_gqa)
         return attend_safely(query, key, value, attn_mask, is_causal, scale, enable_gqa, dropout_p)
 
 
@@ -245,6 +249,12 @@ def nested_refusal(node: Node, op: str) -> BatchInvarianceError | None:
     return BatchInvarianceError(op, reason, remedy, source_line(node))
 
 
+def _jagged_refusal(node: Node) -> BatchInvarianceError | None:
+    from bi_inductor.passes.jagged import jagged_refusal
+
+    return jagged_refusal(node)
+
+
 ATTENTION = Retarget(
     name="attention",
     targets=frozenset(
@@ -255,5 +265,5 @@ ATTENTION = Retarget(
         }
     ),
     replacement=scaled_dot_product_attention,
-    refuse=lambda node: nested_refusal(node, "scaled_dot_product_attention"),
+    refuse=_jagged_refusal,
 )

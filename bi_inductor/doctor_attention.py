@@ -155,7 +155,7 @@ def _run(kind: Kind, schedule: Schedule, case: Case) -> AttentionRun:
 
 def _on_the_gpu(graph: Callable[..., Any], inputs: list[list[tuple[Any, ...]]]) -> list[list[Any]]:
     """Compiled with the number of keys as a symbol: all lengths of a case share a kernel, and compiling takes long."""
-    for query, key, value, mask, is_causal in itertools.chain(*inputs):
+    for query, key, value, mask, is_causal, _ in itertools.chain(*inputs):
         lengths = [(key, 2), (value, 2)] + [(mask, 3)] * (mask is not None) + [(query, 2)] * is_causal
         for tensor, dim in lengths:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -158,7 +158,9 @@ def test_emitted_code_is_clean(emitted, name):
 CORRUPTIONS = {
     "other precision": ("causal", r"'ieee'\n", "'tf32'\n"),
     "keys beyond the mask": ("causal", r"last_position \+ 1\)", "last_position + 2)"),
-    "rows that do not exist": ("mask", r"idx_m, exists\)", "idx_m, inside)"),
+    "rows that do not exist": ("mask", r"idx_m, exists, tiles\)", "idx_m, inside, tiles)"),
+    "the span of other keys": ("mask", r"key_tile \* BLOCK_N, KEYS", "key_tile, KEYS"),
+    "granules of another size": ("mask", r"GRANULE : tl.constexpr = 16", "GRANULE : tl.constexpr = 32"),
     "keys of another head": (
         "causal",
         r"key_head = program // key_tiles % KEY_HEADS",

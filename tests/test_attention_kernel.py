@@ -170,15 +170,25 @@ def test_few_rows_compute_chunks_side_by_side_and_many_in_sequence():
     assert "attention.all_chunks(" in prefill and "one_chunk" not in prefill
 
 
-def test_query_length_that_is_only_known_at_run_time_never_splits():
-    """What the chunks would store grows with the queries, and a hint does not say how many will come."""
+def test_query_length_that_is_only_known_at_run_time_splits_where_there_are_few():
+    """Of many queries no chunk is stored, whose states would grow with them: one graph, whichever came first."""
+    first, second = (kernels(full, *operands(2, 4, 2, q, 4096, 64), dynamic=True) for q in (3, 300))
+    assert list(first.kernels.values()) == list(second.kernels.values()) and len(first.kernels) == 3
+    assert all(f"attention.{core}(" in first.source for core in ("all_chunks", "one_chunk", "fold_chunks"))
+    launches = re.findall(r"tem_fused_attention_\d\.run\(.*, s\d+, (.*), 1, stream", first.source)
+    queries = re.search(r"assert_size_stride\(arg\d_1, \(2, 4, (s\d+), 64", first.source)[1]
+    for count, expected in ((16, [0, 4 * 8, 16 * 8]), (17, [4, 0, 0])):
+        sizes = {queries: count, "min": min, "max": max}
+        other = rf"\bs(?!{queries[1:]}\b)\d+\b"  # the number of keys
+        programs = [eval(re.sub(other, "4096", text), {}, sizes) for text in launches]
+        assert [math.prod(each) for each in programs] == expected
 
-    def fn(query, key, value):
-        torch._dynamo.mark_dynamic(query, 2)
-        return full(query, key, value)
 
-    source = kernels(full, *operands(2, 4, 2, 30, 4096, 64), dynamic=True).source
-    assert "attention.all_chunks(" in source and "fold_chunks" not in source
+@pytest.mark.parametrize("queries", [3, 17])
+def test_one_graph_for_few_and_many_queries_has_the_bits_of_others(short_chunks, queries):
+    """16 rows of a key head, chunks side by side, and more, in sequence; the same source serves both."""
+    inputs = operands(1, 2, 1, queries, 100, 16)
+    assert same_bits(run_in_interpreter(full, *inputs, dynamic=True), run_in_interpreter(full, *inputs))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -3,7 +3,9 @@
 ``runtime/attention.py`` has the form and its order of additions; here are the programs around it. A program has
 BLOCK_M rows of one key head: the queries of all heads that share it, position by position, so that keys and values
 are read once for the group. With few rows the chunks of keys are computed side by side, each by its own program, and
-joined from left to right by a second kernel; with many, one after the other. Both are the same sums.
+joined from left to right by a second kernel; with many, one after the other. Both are the same sums. A graph that
+learns at run time how many queries there are has the kernels of both, and those that are not wanted are launched
+without a program, which Triton's launchers and Inductor's take for no launch.
 """
 
 from __future__ import annotations
@@ -150,6 +152,14 @@ FOLD = r"""
     {{store_output(("idx_b", "idx_h", "idx_m", "idx_d"), "out", "inside", val_shape=("1", "BLOCK_DV"))}}
 """
 
+#: The same into an output that another kernel writes where there are many rows; what it returns is its logsumexp.
+FOLD_INTO = FOLD.replace('"LSE")', '"LSE", "OUT")').rpartition("    {{store_output")[0] + (
+    """    tl.store(OUT + ((idx_b * QUERIES + idx_m) * HEADS + idx_h) * DV + idx_d, out, mask=inside)
+    idx_row = row + tl.arange(0, 1)
+    {{store_output(("idx_row",), "lse", val_shape=("1",))}}
+"""
+)
+
 
 @SymbolicGridFn
 def attention_grid(
@@ -176,6 +186,12 @@ class AttentionTemplate(Template):
 whole_template = AttentionTemplate("batchinv_attention", grid=attention_grid, source=WHOLE)
 chunk_template = AttentionTemplate("batchinv_attention_chunk", grid=attention_grid, source=ONE_CHUNK)
 fold_template = AttentionTemplate("batchinv_attention_fold", grid=attention_grid, source=FOLD)
+fold_into_template = AttentionTemplate("batchinv_attention_fold_into", grid=attention_grid, source=FOLD_INTO)
+
+#: So many rows of each key head have their chunks side by side in a graph that learns at run time how many there are.
+FEW_ROWS = 32
+#: Bytes of accumulators of one chunk, at most, that are stored to be joined.
+_MOST_STORED = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +224,7 @@ def schedule_for(
         small = min(small, 32 if width <= 128 else 16)
     programs = pairs * -(-(rows or 1 << 20) // small)
     split = keys > form.near_chunk and rows is not None and (programs < sm_count or rows <= 32)
-    split = split and programs * small * width * 4 <= 1 << 24
+    split = split and programs * small * width * 4 <= _MOST_STORED
     if width > 256 and not split and major < 9:
         small = 16  # of more rows the two states do not fit in registers beside queries, which wgmma reads elsewhere
     warps = 4 if width <= 128 and itemsize == 2 else 8
@@ -277,8 +293,7 @@ def attention(
     group = FloorDiv(heads, key_heads)
     properties = DeviceProperties.create(device)
     hints = V.graph.sizevars.optimization_hints([batch, key_heads, keys])
-    schedule = schedule_for(
-        static_size(queries * group),
+    sizes = (
         hints[0] * hints[1],
         hints[2],
         form,
@@ -287,38 +302,51 @@ def attention(
         properties.multi_processor_count,
         properties.major,
     )
-    constants = _constants(form, schedule, head_dim, value_dim, mask_kind(mask, tiles), is_causal, scale)
+    schedule = schedule_for(static_size(queries * group), *sizes)
+    kind = mask_kind(mask, tiles)
     rows = [batch, heads, queries]
     # Heads beside each other for one query: what follows joins them without a copy.
     strides = [queries * heads * value_dim, value_dim, heads * value_dim, 1]
     layout = ir.FixedLayout(device, dtype, [*rows, value_dim], strides)
     logsumexp = _empty(rows, device)
     pairs, per_pair = batch * key_heads, queries * group
-    if not schedule.split:
-        out = _call(
-            whole_template,
-            [*operands, logsumexp],
-            [logsumexp],
-            layout,
-            [pairs, per_pair, 1],
-            schedule,
-            constants,
-        )
-        return out, logsumexp
-    chunks = chunk_total(keys, form)
-    maxima, sums = _empty([chunks, *rows], device), _empty([chunks, *rows], device)
-    partial_layout = ir.FixedLayout(device, torch.float32, [chunks, *rows, value_dim])
-    grid = [pairs, per_pair, chunks]
-    partial = _call(
-        chunk_template, [*operands, maxima, sums], [maxima, sums], partial_layout, grid, schedule, constants
-    )
     fold = {"DV": value_dim, "BLOCK_DV": padded(value_dim), "BLOCK_M": 1, "OUT_TYPE": _triton_name(dtype)}
-    inputs = [partial, maxima, sums]
     one_warp = Schedule(1, 1, 1, False)
-    out = _call(
-        fold_template, [*inputs, logsumexp], [logsumexp], layout, [pairs, per_pair, 1], one_warp, fold
-    )
+
+    def states(chunks: Any, schedule: Schedule) -> list[ir.TensorBox]:
+        """acc, m and sums of every chunk, each by a program of its own."""
+        constants = _constants(form, schedule, head_dim, value_dim, kind, is_causal, scale)
+        stored = [_empty([chunks, *rows], device) for _ in range(2)]
+        partial = ir.FixedLayout(device, torch.float32, [chunks, *rows, value_dim])
+        grid = [pairs, per_pair, chunks]
+        return [
+            _call(chunk_template, [*operands, *stored], stored, partial, grid, schedule, constants),
+            *stored,
+        ]
+
+    if schedule.split:
+        inputs = [*states(chunk_total(keys, form), schedule), logsumexp]
+        grid = [pairs, per_pair, 1]
+        return _call(fold_template, inputs, [logsumexp], layout, grid, one_warp, fold), logsumexp
+    # 1 at run time if there turn out to be few rows: then the first of three kernels has no program, else the others.
+    few = 0 if is_causal else _are_few(per_pair, pairs, keys, value_dim, form)
+    constants = _constants(form, schedule, head_dim, value_dim, kind, is_causal, scale)
+    grid = [pairs, per_pair * (1 - few), 1]
+    out = _call(whole_template, [*operands, logsumexp], [logsumexp], layout, grid, schedule, constants)
+    if few != 0:
+        short = dataclasses.replace(schedule_for(FEW_ROWS, *sizes), split=True)
+        inputs = [*states(chunk_total(keys, form) * few, short), logsumexp, out]
+        returned = ir.FixedLayout(device, torch.float32, [batch * heads * queries * few])
+        _call(fold_into_template, inputs, inputs[3:], returned, [pairs, per_pair * few, 1], one_warp, fold)
     return out, logsumexp
+
+
+def _are_few(rows: Any, pairs: Any, keys: Any, value_dim: int, form: contract.Attention) -> Any:
+    """1 for few rows, else 0: a size of the run; 0 where the number of rows is known, or keys are one chunk."""
+    if static_size(rows) is not None or (static_size(keys) or form.near_chunk + 1) <= form.near_chunk:
+        return 0
+    most_pairs = _MOST_STORED // (FEW_ROWS * 4 * padded(value_dim))
+    return Min(1, Max(0, FEW_ROWS + 1 - rows)) * Min(1, Max(0, most_pairs + 1 - pairs))
 
 
 def mask_kind(mask: ir.TensorBox | None, tiles: ir.TensorBox | None) -> int:

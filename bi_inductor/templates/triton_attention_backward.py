@@ -19,6 +19,7 @@ from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
 
+from bi_inductor import contract
 from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
 from bi_inductor.templates.triton_attention import (
     ROWS,
@@ -242,6 +243,10 @@ def attention_backward(
     dtype, device = query.get_dtype(), query.get_device()
     width, pairs = padded(max(head_dim, value_dim)), batch * key_heads
     rows = queries * FloorDiv(heads, key_heads)
+    schedule = query_schedule_for(static_size(rows), width, dtype.itemsize)
+    form = contract.attention_form(head_dim, value_dim, dtype)
+    if form is None or schedule.block_n != form.tile:  # the map is of other tiles
+        tiles = spans = None
     constants = _constants(head_dim, value_dim, dtype, mask_kind(mask, tiles), is_causal, scale)
     statistics = [ir.ExternKernel.require_contiguous(realized(x)) for x in (logsumexp, delta)]
     operands = [realized(x) for x in (query, key, value, grad)] + statistics
@@ -253,7 +258,7 @@ def attention_backward(
         [*operands, *tile_maps[:1]],
         _beside_each_other(device, dtype, [batch, heads, queries, head_dim]),
         [pairs, rows, 1],
-        query_schedule_for(static_size(rows), width, dtype.itemsize),
+        schedule,
         constants,
     )
     stored = empty([batch, keys, key_heads, value_dim], dtype=dtype, device=device)

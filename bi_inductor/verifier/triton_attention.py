@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 
+from ..attention_tiles import GRANULE
 from . import triton_attention_backward as backward
 from .lengths import Forms, Names, Values, is_constant
 from .syntax import KernelSyntax, assigned, dotted
@@ -126,6 +127,8 @@ class AttentionProgram:
                     and not _PATTERNS[name].fullmatch(self._plain(value))
                 ):
                     kernel.note("attention", statement)
+        if kernel.text_of("MASK") == "3" and kernel.text_of("GRANULE") != str(GRANULE):
+            kernel.note("attention", self.calls[0], "a map of tiles with granules of another size")
         if kernel.loops:
             kernel.note("attention", kernel.loops[0], "a loop around the sums of a program")
         if cores != ["key_gradients"]:  # whose loop finds its own borders

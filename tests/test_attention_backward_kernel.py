@@ -9,7 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from attention_gradients import composite_of, fused, operands
+from torch.torch_version import TorchVersion
 
 from bi_inductor import BatchInvarianceError, inspect, verifier
 from bi_inductor.attention_backward_op import attention_backward
@@ -203,12 +205,15 @@ def gradient_kernels(*inputs, is_causal=True, scale=0.3, target="sm_90"):
     return {name: text for name, text in kernels.items() if "attention_backward." in text}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("width", "dtype"), [*itertools.product((64, 128, 256), (BF16, torch.float32))], ids=str
 )
-def test_every_schedule_compiles(width, dtype, target):
-    """TTGIR is read on the way; a kernel may have 163 KB of shared memory on an A100."""
+def test_every_schedule_compiles(width, dtype):
+    """TTGIR is read on the way; a kernel may have 163 KB of shared memory on an A100.
+
+    Compiling takes minutes, so each Triton that CI has compiles for one architecture.
+    """
+    target = "sm_90" if TorchVersion(triton.__version__) < "3.7" else "sm_80"
     found = itertools.zip_longest(*templates.schedules(width, dtype.itemsize))
     for number, (of_query, of_key) in enumerate(found):
         of_query, of_key = of_query or of_key, of_key or of_query

@@ -190,7 +190,7 @@ def _embedding_dense_backward(
     rows = _wrapped(rows.clamp(-num_weights, num_weights - 1), num_weights)
     if scale_grad_by_freq:
         once = counted.long()
-        how_often = put_rows(torch.zeros_like(once[:1]).expand(num_weights, 1), rows, once, "sum")[rows]
+        how_often = put_rows(once.new_zeros(num_weights, 1), rows, once, "sum")[rows]
         values = values.to(wide_dtype(values.dtype)) / torch.where(counted, how_often, 1)
     values = torch.where(counted & (rows != padding_idx)[:, None], values, 0.0)
     table = grad_output.new_zeros(num_weights, values.shape[1])

@@ -74,9 +74,11 @@ def test_micro_batches_under_autocast():
     assert not changed(gradients(model, x, ROWS // 4, CONTINUED, autocast=True), whole)
 
 
-def test_a_convolution():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution(layout):
     torch.manual_seed(0)
-    model, x = nn.Conv1d(6, 4, 3, padding=1), random_rows(16, 6, 64)
+    model = nn.Conv2d(6, 4, 3, padding=1).to(memory_format=layout)
+    x = random_rows(16, 6, 8, 8).contiguous(memory_format=layout)
     whole = gradients(model, x, 16, CONTINUED)
     assert not changed(gradients(model, x, 4, CONTINUED), whole)
 

@@ -350,8 +350,11 @@ def test_fused_epilogue_has_the_bits_of_the_unfused_one():
 
     x, w, y, z = randn(9, 300), randn(300, 20), randn(9, 20, dtype=FP32), randn(20, dtype=FP32)
     assert "* tmp" in only_kernel(Case(block, (x, w, y, z)).module())
-    product, fused = interpreted(Case(mm, (x, w)), Case(block, (x, w, y, z)))
+    product, fused, row = interpreted(
+        Case(mm, (x, w)), Case(block, (x, w, y, z)), Case(block, (x[:1], w, y[:1], z))
+    )
     assert same_bits(fused, (product.float() * y + z) * 3)
+    assert same_bits(row, fused[:1])  # of one row every operand is read by the column alone
 
 
 def test_neighbours_and_padding_do_not_leak():

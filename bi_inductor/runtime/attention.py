@@ -16,11 +16,11 @@ multiplies by exp2(0) and adds 0: it changes nothing, so it may be visited or no
 which no rounding changes: a row that sees one key returns its value. (With the maximum rounded up, so that all scaling
 is by powers of two, that p was off by up to half a bf16 ulp: 7 to 13 % of the elements of first tokens' outputs were
 another value's, and what cancels in the gradients of their queries was left over at bf16's precision. Adding up the
-rounded p instead took 2 to 40 % longer.) A thread of an MMA's accumulator holds columns 8 g + 2 i and 8 g + 2 i + 1 of
-a row for one i: no row sum crosses threads inside the loop. (H100, bf16, 8192 causal, D = 128, TFLOP/s without chunks:
-this sum 495, ``tl.sum`` 491, adjacent pairs 436, ``p @ ones`` 371.) Chunks exist for decoding, where they run side by
-side. The state of the chunks before is kept in registers while the next one is computed: parking it in memory was
-slower at every size (435 and 387 at 1024 keys).
+rounded p instead took 2 to 40 % longer: attention_row_sum.csv.) A thread of an MMA's accumulator holds columns 8 g + 2
+i and 8 g + 2 i + 1 of a row for one i: no row sum crosses threads inside the loop. (H100, bf16, 8192 causal, D = 128,
+TFLOP/s without chunks: this sum 495, ``tl.sum`` 491, adjacent pairs 436, ``p @ ones`` 371.) Chunks exist for decoding,
+where they run side by side. The state of the chunks before is kept in registers while the next one is computed:
+parking it in memory was slower at every size (435 and 387 at 1024 keys).
 
 A head dim is one chain; where a power of two does not hold it well, it is loaded in two pieces (576 = 512 + 64).
 Rows, warps, how rows are packed into a tile, and whether one program or several compute the chunks are free.

@@ -1,22 +1,31 @@
-"""``contiguous()`` is a copy at every size.
+"""What copies at one size and not at another, copies at every size, where autograd could tell.
 
-Of one row a column is contiguous, too: there ATen returns its operand, and autograd adds the gradients of both in one
-sum, where at other sizes it adds those of the copy first. A copy that changes nothing is dropped once the graph is
-differentiated. In a graph that writes into tensors, where operand and result may have to be one, the result is a view
-of the operand where ATen returns it: its gradients are added first as well.
+Of one row a column is contiguous, too: there ``contiguous()`` returns its operand, and autograd adds the gradients of
+both in one sum, where at other sizes it adds those of the copy first. It is a copy here. A copy that changes nothing is
+dropped once the graph is differentiated. In a graph that writes into tensors, where operand and result may have to be
+one, the result is a view of the operand where ATen returns it: its gradients are added first as well.
+
+``reshape`` and its relatives return views where they can. Inside a graph their gradients are added first either way.
+What is returned as a view of an input, or of what else is returned, is made outside of the graph, and its gradient is
+added last; so it is a copy where a gradient may be asked for.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bi_inductor.passes.retarget import Retarget
 
 _TARGETS = frozenset({"contiguous", torch.Tensor.contiguous, torch.ops.aten.contiguous.default})
+_RESHAPES = ("reshape", "reshape_as", "flatten", "ravel")
 _IN_PLACE = "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem"
 _WRITES = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
 
@@ -28,6 +37,16 @@ def _copied(self: Tensor, memory_format: torch.memory_format = torch.contiguous_
 def _set_apart(self: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     result = self.contiguous(memory_format=memory_format)
     return result.view_as(result) if self.is_contiguous(memory_format=memory_format) else result
+
+
+def _copying(reshape: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``reshape``, or a copy of its result where that may have a gradient."""
+
+    def reshaped(operand: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = reshape(operand, *args, **kwargs)
+        return result.clone() if result.requires_grad else result
+
+    return reshaped
 
 
 def _writes(graph: Graph) -> bool:
@@ -45,7 +64,44 @@ def _is_a_write(node: Node) -> bool:
     return in_place or asked_for or name == "__setitem__" or node.target in _WRITES
 
 
+def _is_kept(node: Node) -> bool:
+    """True unless ``node``, or a view of it, is returned by a graph that writes into no tensor."""
+    return not _is_returned(node) or _writes(node.graph)
+
+
+def _is_returned(node: Node) -> bool:
+    memory = _memory(node)
+    return any(
+        user.op == "output" or (bool(memory & _memory(user)) and _is_returned(user)) for user in node.users
+    )
+
+
+def _memory(node: Node) -> set[int]:
+    """The storages of the tensors that ``node`` returns, as far as they have one."""
+    values = pytree.tree_leaves(node.meta.get("example_value", node.meta.get("val")))
+    plain = (
+        value for value in values if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
+    )
+    return {value.untyped_storage()._cdata for value in plain if torch._C._has_storage(value)}
+
+
+def _operand_first(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call whose operand may have a name: ``input`` in torch's functions, ``self`` in ATen's."""
+    named = {name: value for name, value in node.kwargs.items() if name in ("input", "self")}
+    others = {name: value for name, value in node.kwargs.items() if name not in named}
+    return (*named.values(), *node.args), others
+
+
+def _reshape(name: str) -> Retarget:
+    method = getattr(Tensor, name)
+    packet = getattr(torch.ops.aten, name)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    targets = frozenset({name, method, getattr(torch, name, method), *overloads})
+    return Retarget(f"{name}, returned", targets, _copying(method), _is_kept, arguments=_operand_first)
+
+
 COPIES = (
     Retarget("contiguous", _TARGETS, _copied, leave=lambda node: _writes(node.graph)),
     Retarget("contiguous, in place", _TARGETS, _set_apart),
+    *map(_reshape, _RESHAPES),
 )

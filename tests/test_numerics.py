@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from devices import DEVICES, compiled, random_rows
 
+import bi_inductor
 from bi_inductor.testing import changed_rows_over_batches, same_bits
 
 UNFUSED = {"max_fusion_size": 1, "epilogue_fusion": False}
@@ -100,3 +101,17 @@ def test_low_precision_ops_round_where_eager_rounds(device):
 def test_no_contraction_of_multiply_and_add(device):
     x, y = (random_rows(64, 64, device=device, seed=seed) for seed in (1, 2))
     assert same_bits(compiled(lambda x, y: x * y + x)(x, y), (x * y) + x)
+
+
+@pytest.mark.gpu
+def test_tensors_that_one_kernel_copies_are_eagers():
+    """More than eight inputs of fixed size are joined by one kernel, each by programs of its own."""
+
+    def joined(*parts):
+        return torch.cat(parts, -1)
+
+    parts = [random_rows(257, 30 + i % 3, device="cuda", seed=i) for i in range(20)]
+    run = compiled(joined, dynamic=False)
+    assert same_bits(run(*parts), joined(*parts))
+    assert any("foreach" in str(kernel) for kernel in bi_inductor.certificates()[-1].kernels)
+    assert not any(changed_rows_over_batches(run, parts, (1, 2, 64, 257)).values())

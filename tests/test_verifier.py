@@ -40,6 +40,8 @@ BASES = {
     "columns in chunks": (lambda x: x.sum(0), (R(5000, 100),), {}),
     "looped softmax": (lambda x: x.softmax(-1), (R(8, 3000),), {"dynamic": True}),
     "pointwise": (lambda x, y: x / y + torch.sqrt(x), (R(8, 300), R(8, 300)), {}),
+    "copies": (lambda *x: torch.cat(x, -1).sin(), [R(4, 30 + i) for i in range(20)], {}),
+    "copies alike": (lambda *x: torch.cat(x), [R(4, 300) for _ in range(20)], {}),
     "drawn": (lambda x: F.dropout(x, 0.5), (R(8, 300),), {}),
     "matmul": (lambda a, b: F.gelu(a @ b), (R(5, 33, 70), R(5, 70, 20)), {}),
     "even matmul": (lambda a, b: a @ b, (R(64, 256), R(256, 64)), {}),
@@ -105,6 +107,11 @@ def _in_held(rule, old, new, here=True):
 
 def _in_tiles(rule, old, new, here=True):
     return Corruption("tiles", rule, old, new, here)
+
+
+def _in_copy(rule, new):
+    """Instead of a load, or ``new`` around it, in one of many copies."""
+    return Corruption("copies", rule, r"( +)tmp0 = (tl\.load\(in_ptr0.*\))", rf"\1{new}")
 
 
 def _in_cpp_wrapper(rule, old, new, here=True):
@@ -204,6 +211,42 @@ CORRUPTIONS = {
         "order",
         r"tl\.load\(in_ptr0 \+ \(x0 \+ 100\*r0_2 \+ 6400\*x1\)",
         "tl.load(in_ptr0 + (x0 + 100*r0_2 + (-6400)*x1)",
+    ),
+    # Triton: copies
+    "tl.sum in a copy": _in_copy("reduction", r"tmp0 = tl.sum(\2, 0)"),
+    "atomic add in a copy": _in_copy("atomic", r"tmp0 = tl.atomic_add(out_ptr0, \2, xmask)"),
+    "dot in a copy": _in_copy("call", r"tmp0 = tl.dot(\2, \2)"),
+    "tree in a copy": _in_copy("call", r"tmp0 = ordered.tree_sum(\2)"),
+    "loop in a copy": _in_copy("copies", r"for step in tl.range(0, 4):\n\1    tmp0 = tmp0 + \2"),
+    "loop around a copy": _in_copy("copies", r"for step in tl.range(0, 4):\n\1    tmp0 = \2"),
+    "addition in a copy": _in_copy("copies", r"tmp0 = \2 + \2"),
+    "+= in a copy": _in_copy("copies", r"tmp0 += \2"),
+    "branch in a copy": _in_copy("statement", r"if pid < num_xblocks_0:\n\1    tmp0 = \2"),
+    "copy of a copy": Corruption("copies", "copies", r"tmp1 = .*", "tmp1 = tmp0"),
+    "programs of two copies": Corruption(
+        "copies", "copies", r"num_xblocks_1 = num_xblocks_0 \+", "num_xblocks_1 ="
+    ),
+    "programs too few": Corruption(
+        "copies", "copies", r"num_xblocks_0 = tl\.cdiv\(\d+,", "num_xblocks_0 = tl.cdiv(1,", False
+    ),
+    "condition": Corruption("copies", "copies", r"if pid < num_xblocks_0:", "if pid <= num_xblocks_0:"),
+    "program of no copy": Corruption(
+        "copies alike", "copies", r"else:\n( +)", r"else:\n\1tl.store(out_ptr0, 0.0)\n\1"
+    ),
+    "copy in other programs": Corruption(
+        "copies alike", "copies", r"pid_offset = pid - .*", "pid_offset = pid", False
+    ),
+    "atomic add of a copy": Corruption(
+        "copies alike",
+        "atomic",
+        r"(?s)(.*)tl\.store\((.*?), (tmp\d+), xmask\)",
+        r"\1tl.atomic_add(\2, \3, xmask)",
+    ),
+    "programs of no copy": Corruption(
+        "pointwise", "copies", r"triton_heuristics\.pointwise", "triton_heuristics.foreach", False
+    ),
+    "branch": Corruption(
+        "pointwise", "statement", r"( +)(tl\.store\(.*)", r"\1if pid < num_xblocks_0:\n\1    \2"
     ),
     # Triton: anything
     "atomic": _in_held("atomic", r"tl\.store\(", "tl.atomic_add("),
@@ -559,6 +602,12 @@ SPREAD = {
     "counts cut in chunks": (lambda x: (x > 0).sum(-1), (R(3, 40000),), {}),
     "cut in chunks": (lambda x: (x.var(-1), x.logsumexp(-1)), (R(4, 40000),), {}),
     "flipped": (lambda x: x.flip(0).sum(), (R(16, 4096),), {}),
+    "copies of rows and columns": (
+        lambda *x: (torch.cat([y.t() for y in x], -1), torch.cat(x), torch.cat(x, -1)),
+        [BF(3, 16) for _ in range(10)],
+        {},
+    ),
+    "gradient of parts": (lambda x: x.sin().split(1), (R(20, 5),), {"backward": True}),
 }
 
 

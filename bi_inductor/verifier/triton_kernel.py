@@ -11,6 +11,8 @@ from .syntax import KernelSyntax, assigned, carried, dotted
 from .triton_attention import CALLS as ATTENTION_CALLS
 from .triton_attention import AttentionProgram
 from .triton_attention_backward import CALLS as ATTENTION_BACKWARD_CALLS
+from .triton_copies import CALLS as COPY_CALLS
+from .triton_copies import ManyCopies
 from .triton_grouped import GroupedProduct
 from .triton_product import ChainedProduct
 from .triton_quantized import QuantizedProduct
@@ -110,7 +112,7 @@ class TritonKernel(KernelSyntax):
         super().__init__(source, report)
         self.flags: dict[str, ast.Constant] = {}
         self.sums, self.attention = OrderedSums(self), AttentionProgram(self)
-        self.product = _product_of(self)
+        self.product, self.copies = _product_of(self), ManyCopies(self)
 
     def check(self) -> None:
         """Everything but lengths, which need the wrapper and the forms."""
@@ -131,6 +133,8 @@ class TritonKernel(KernelSyntax):
             self.product.check()
         if self.attention.calls:
             self.attention.check()
+        if self.copies.is_meant:
+            self.copies.check()
 
     def check_lengths(self, forms: Forms, chunks: set[Values], arguments: Names, has_flip: bool) -> None:
         """Reduced lengths are those of ``forms``, for one call with ``arguments``. See OrderedSums."""
@@ -175,7 +179,8 @@ class TritonKernel(KernelSyntax):
             self.note("flags", decorator, "enable_fp_fusion is not set to False")
 
     def _check_statement(self, node: ast.stmt) -> None:
-        if not isinstance(node, _STATEMENTS) or getattr(node, "orelse", None):
+        is_plain = isinstance(node, _STATEMENTS) and not getattr(node, "orelse", None)
+        if not is_plain and node not in self.copies.heads:
             self.note("statement", node)
         for name, value in assigned(node):
             if name in _RESERVED:
@@ -190,7 +195,11 @@ class TritonKernel(KernelSyntax):
         if function == "sort_with_index" and "stable=True" not in map(ast.unparse, node.keywords):
             self.note("reduction", node)  # equal keys would stand in an order of the algorithm's
             return
-        if name and (function in CALLS.get(owner, ()) or owner in ELEMENTWISE):
+        if self.copies.is_meant:
+            is_known = function in COPY_CALLS.get(owner, ())
+        else:
+            is_known = function in CALLS.get(owner, ()) or owner in ELEMENTWISE
+        if name and is_known:
             return
         if "atomic" in name:
             self.note("atomic", node)

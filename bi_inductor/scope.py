@@ -110,6 +110,7 @@ def _install() -> None:
         _install_code_generators()
         _install_reductions()
         _install_division()
+        _install_strides()
         _install_size_comparison()
         _install_certificate_reader()
     except BaseException:
@@ -195,6 +196,22 @@ def _install_division() -> None:
         return None if _options() is not None else stock(x)
 
     _replace(lowering, "get_constant_value", get_constant_value)
+
+
+def _install_strides() -> None:
+    """What changes is how long a compile takes."""
+    from torch._inductor.codegen import cpp
+
+    from .codegen.cpp_strides import stride_at_vec_range as by_terms
+
+    stock = cpp.stride_at_vec_range
+
+    def stride_at_vec_range(index: Any, var: Any, vec_length: int | None = None) -> Any:
+        return (
+            stock(index, var, vec_length) if _options() is None else by_terms(index, var, vec_length, stock)
+        )
+
+    _replace(cpp, "stride_at_vec_range", stride_at_vec_range)
 
 
 def _install_size_comparison() -> None:

@@ -30,11 +30,13 @@ def stock_code():
 
 def installed_objects():
     from torch._inductor import compile_fx, ir, lowering, output_code, scheduler, tiling_utils
+    from torch._inductor.codegen import cpp
 
     compared = [tiling_utils.get_pw_red_splits] if _compat.compares_sizes_as_written() else []
     return [
         *compared,
         compile_fx.GraphLowering,
+        cpp.stride_at_vec_range,
         vars(ir.Reduction)["create"],
         lowering.use_two_step_variance,
         lowering.get_constant_value,

@@ -166,6 +166,8 @@ def attend(
     softmax: Callable[[Tensor, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The form above; returns the output and the fp32 (fp64) probabilities ``[..., H, L, S]``."""
+    for tensor in (query, key, value):
+        _specialize(tensor, enable_gqa)
     leading, query, key, value = _align(query, key, value, enable_gqa)
     scores = grouped_product(query, key.transpose(-2, -1), bmm_wide)
     scores = scores.reshape(*leading, *scores.shape[-2:]) * _scale(query, scale)
@@ -186,6 +188,15 @@ def autocast_applied(*tensors: Tensor | None) -> Iterator[list[Any]]:
     eligible = (torch.float32, torch.float16, torch.bfloat16)
     with torch.autocast(device, enabled=False):
         yield [t.to(dtype) if t is not None and t.dtype in eligible else t for t in tensors]
+
+
+def _specialize(x: Tensor, enable_gqa: bool) -> None:
+    """Make numbers of the head dim and, where there are heads for sure, of how many: both are a model's constants.
+
+    With a symbol for each, every reshape is a proof about products of symbols, and most of the time to compile.
+    """
+    for dim in (-1, -3) if enable_gqa else (-1,):
+        int(x.shape[dim])
 
 
 def _align(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Any, Tensor, Tensor, Tensor]:

@@ -127,9 +127,7 @@ class _Graph:
     def _check_triton_kernel(self, kernel: TritonKernel, definition: Definition, wrapper: Wrapper) -> None:
         kernel.check()
         flush = kernel.flags.get("disable_ftz")
-        if (
-            not kernel.copies.is_meant
-        ):  # they compute nothing that could be flushed, and torch 2.11 does not say
+        if not kernel.copies.is_meant:  # copies flush nothing; torch 2.11 does not say for them
             self.disable_ftz.add(flush and flush.value)
         if len(self.disable_ftz) > 1:
             kernel.note("flags", flush, "disable_ftz differs between the kernels of one graph")

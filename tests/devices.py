@@ -11,6 +11,22 @@ def compiled(fn, **options):
     return torch.compile(fn, backend="batchinv", **options)
 
 
+def over_batches(fn, **options):
+    """``compiled(fn)`` with dimension 0 of every tensor argument as a symbol and no other size.
+
+    Automatic dynamic shapes end there when only the batch changes. ``dynamic=True`` makes a symbol of every size, which
+    the tests of lengths need and which takes several times as long to compile.
+    """
+    call = compiled(fn, **options)
+
+    def run(*arguments):
+        for argument in arguments:
+            torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return call(*arguments)
+
+    return run
+
+
 def random_rows(*shape, dtype=torch.float32, device="cpu", seed=0, scale=1.0):
     """Signed values with a few large ones, so that cancellation shows a changed order."""
     generator = torch.Generator().manual_seed(seed)

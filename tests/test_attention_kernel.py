@@ -132,6 +132,7 @@ def test_decoding_latent_heads_gives_the_bits_of_prefill(short_chunks):
     assert same_bits(sees_one_key, cache[:, :, :1, :512].expand_as(sees_one_key))
 
 
+@pytest.mark.lengthy
 def test_decoding_gives_the_oracles_bits_of_prefill(short_chunks):
     """Causal prefill in tiles of 64 rows; decoding with chunks side by side."""
     query, key, value = operands(1, 2, 1, 100, 100, 16)

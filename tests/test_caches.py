@@ -50,6 +50,7 @@ def test_a_warm_hit_brings_its_certificate(fresh_cache):
     assert len(after) == len(before) + 1 and after[-1] == before[-1]
 
 
+@pytest.mark.lengthy
 def test_another_process_hits_the_same_cache(tmp_path):
     program = (
         "import torch; from torch._dynamo.utils import counters;"

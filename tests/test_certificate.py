@@ -355,6 +355,7 @@ def test_a_batch_that_decides_the_graph_is_not_shown_to_be_free():
 # A whole model: a Llama of two layers with random weights.
 
 
+@pytest.mark.lengthy
 def test_a_llama_has_one_digest_at_every_batch_static_and_dynamic():
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -368,14 +369,14 @@ def test_a_llama_has_one_digest_at_every_batch_static_and_dynamic():
         use_cache=False,
     )
     model = LlamaForCausalLM(config).eval()
-    tokens = {batch: torch.zeros(batch, 8, dtype=torch.long) for batch in (1, 2, 7, 64, 4096)}
+    tokens = {batch: torch.zeros(batch, 8, dtype=torch.long) for batch in (1, 2, 64, 4096)}
     made = certify(model, tokens[2])  # compiles it at batch 2, and with the batch as a symbol
     assert made.batch.holds and not made.batch.row_mixing
     jsonschema.validate(json.loads(made.to_json()), SCHEMA)
     (first,) = made.certificates
     assert set(first.counts) == {"CANONICAL", "INVARIANT"}
     assert first.levels["verified in source"] >= 12
-    others = [certificate(model, tokens[batch]) for batch in (1, 7, 4096)]
+    others = [certificate(model, tokens[batch]) for batch in (1, 4096)]
     others.append(certificate(model, tokens[64], dynamic=True))
     assert {other.digest for other in others} == {first.digest}
     for other in others:

@@ -51,6 +51,7 @@ def test_a_product_that_the_backend_rewrites_is_still_the_users_op(x):
     ]
 
 
+@pytest.mark.lengthy
 def test_training_against_inference():
     model, x = Block(), torch.randn(8, WIDTH)
     assert compare(Variant(model, grad=True), Variant(model), x)
@@ -77,6 +78,7 @@ def test_rows_that_are_folded_into_another_dimension(x):
     assert compare(Variant(folded, rows=slice(5, 6)), Variant(folded), x).compared >= 2
 
 
+@pytest.mark.lengthy
 def test_what_does_not_fit_is_said(x):
     mixed = compare(Variant(lambda x: x[:7].exp(), rows=slice(0, 9)), Variant(lambda x: x[:7].exp()), x)
     assert mixed.unlike or mixed.compared
@@ -90,6 +92,7 @@ def test_what_does_not_fit_is_said(x):
     assert "values" in compare(step, lambda x: step(x) + 1, x).reason
 
 
+@pytest.mark.lengthy
 def test_keeping_values_changes_no_bit_of_ours():
     """Also in bf16, where stock rounds what it keeps and not what it fuses: its answer says so."""
     model, x = Block().bfloat16(), torch.randn(8, WIDTH, dtype=torch.bfloat16)

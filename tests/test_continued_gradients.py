@@ -52,13 +52,13 @@ def changed(a, b):
     return [name for name in a if not same_bits(a[name], b[name])]
 
 
+@pytest.mark.lengthy
 def test_micro_batches_add_up_to_the_whole_batch():
     model, x = block(), random_rows(ROWS, LENGTH, WIDTH)
     whole = gradients(model, x, ROWS, CONTINUED)
-    for cuts in (ROWS // 2, ROWS // 4, ROWS // 8, [8, 32, 24]):
-        assert not changed(gradients(model, x, cuts, CONTINUED), whole), cuts
+    assert not changed(gradients(model, x, [8, 32, 24], CONTINUED), whole)
     # Without the option the pieces are added, which is another order.
-    assert "up.weight" in changed(gradients(model, x, ROWS // 8, None), gradients(model, x, ROWS, None))
+    assert "up.weight" in changed(gradients(model, x, ROWS // 4, None), whole)
     model.zero_grad()
     loss(model(x)).backward()
     for name, parameter in model.named_parameters():
@@ -67,6 +67,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
         )
 
 
+@pytest.mark.lengthy
 def test_micro_batches_under_autocast():
     """bf16 products; their gradients are not rounded to bf16 between two micro-batches."""
     model, x = block(), random_rows(ROWS, LENGTH, WIDTH)
@@ -74,6 +75,7 @@ def test_micro_batches_under_autocast():
     assert not changed(gradients(model, x, ROWS // 4, CONTINUED, autocast=True), whole)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_convolution(layout):
     torch.manual_seed(0)

@@ -1,11 +1,12 @@
 """Convolutions are matrix products over windows: batch and positions are rows, and cannot enter the order."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICES, compiled, random_rows
+from devices import DEVICES, compiled, over_batches, random_rows
 
 import bi_inductor
 from bi_inductor import oracle
@@ -62,14 +63,14 @@ CASES = {
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_do_not_depend_on_the_batch(device, name):
     x, w = random_rows(16, 8, 9, 9, device=device), random_rows(8, 8, 3, 3, device=device, seed=1)
-    call = compiled(lambda x: CASES[name](x, w), dynamic=True)
+    call = over_batches(lambda x: CASES[name](x, w))
     bi_inductor.assert_batch_invariant(call, x, batches=BATCHES)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_input_gradients_do_not_depend_on_the_batch(device):
     w = random_rows(8, 8, 3, 3, device=device, seed=1)
-    call = compiled(lambda x: F.conv2d(x, w, stride=2, padding=1), dynamic=True)
+    call = over_batches(lambda x: F.conv2d(x, w, stride=2, padding=1))
 
     def gradient(x):
         x = x.detach().requires_grad_()
@@ -111,6 +112,7 @@ def test_windows_filled_up_to_16_bytes_have_the_oracles_bits(groups):
         assert same_bits(result.chunk(groups, 1)[group].contiguous(), expected)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_small_image_model_trains_the_same_in_every_compile(device):
     torch.manual_seed(0)
@@ -123,10 +125,10 @@ def test_a_small_image_model_trains_the_same_in_every_compile(device):
     ).to(device)
     x = random_rows(4, 3, 12, 12, device=device)
     gradients = []
-    for dynamic in (False, True):
+    for compiling in (functools.partial(compiled, dynamic=False), over_batches):
         torch._dynamo.reset()
         model.zero_grad()
-        compiled(model, dynamic=dynamic)(x).square().mean().backward()
+        compiling(model)(x).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(map(same_bits, *gradients))
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])

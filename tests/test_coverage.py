@@ -28,6 +28,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", SAMPLE)
 @pytest.mark.parametrize("device", DEVICES)
 def test_ops_of_the_database_keep_their_verdict_and_their_bits(device, name):
@@ -42,6 +43,7 @@ LOWERED = """cummax histc mode median multinomial stft fft.irfft linalg.solve co
     nn.functional.adaptive_max_pool2d masked_scatter nn.functional.interpolate.linear""".split()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("target", ["cpu", "sm_90"])
 def test_ops_of_the_database_are_lowered(target):
     settings = Settings(target=target, samples=1, lower_only=True, backward=True)
@@ -91,6 +93,7 @@ def test_a_changed_bit_is_a_violation():
     assert result.verdict == "VIOLATION" and 0 < result.changed <= result.rows
 
 
+@pytest.mark.lengthy
 def test_stock_inductor_is_found_out():
     """Negative control: the same samples, through the same comparison."""
     stock = Settings(backend="inductor", samples=4, dynamic=True)

@@ -78,6 +78,7 @@ def length(name):
     return [os.getpid(), len(name), torch._inductor.config.compile_threads]
 
 
+@pytest.mark.lengthy
 def test_kinds_side_by_side_give_what_they_give_one_after_the_other(capsys):
     names = ["a", "bcd", "ef"]
     own, first, second = (

@@ -36,6 +36,7 @@ def test_agreement_is_one_class(kind, few_rows):
     assert result.tiles == 2 * (4 + kind.float_masks) == len(set(result.runs))
 
 
+@pytest.mark.lengthy
 def test_a_schedule_that_computes_something_else_is_a_second_class(few_rows, monkeypatch):
     """Teeth: tiles of 16 keys in one of the schedules add a row in another order."""
     stock = triton_attention._constants
@@ -103,6 +104,7 @@ def _holding_four(half):
     return [4 * thread + half + i for thread in range(8) for i in range(2)]
 
 
+@pytest.mark.lengthy
 def test_families_are_read_from_ptx():
     """Every schedule compiles, with every mask, and its instructions are found."""
     cases = doctor_attention._masked(KIND, *doctor_attention.operands(KIND, 89, "cpu"))

@@ -91,6 +91,7 @@ def test_rows_without_a_key():
     assert output.isfinite().all()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("fn", "device"),
     [(scored, "cpu"), on_gpu(scored), on_gpu(plain)],

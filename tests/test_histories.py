@@ -5,12 +5,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICES, compiled, random_rows
+from devices import DEVICES, compiled, over_batches, random_rows
 from torch.utils.checkpoint import checkpoint
 
 from bi_inductor.passes import canonicalize
 from bi_inductor.passes.copies import COPIES
 from bi_inductor.testing import changed_rows_over_batches, same_bits
+
+ON_A_GPU = [pytest.param(dtype, "cuda", marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16)]
 
 
 class Block(torch.nn.Module):
@@ -68,8 +70,7 @@ def block(device, dtype):
     return Block().to(device, dtype)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), *ON_A_GPU])
 def test_every_history_gives_the_same_bits(device, dtype):
     model, x = block(device, dtype), random_rows(9, 11, 32, device=device, dtype=dtype)
     results = {}
@@ -78,19 +79,18 @@ def test_every_history_gives_the_same_bits(device, dtype):
             ("static", 9, False),
             ("dynamic", 9, True),
             ("small first", 2, None),
-            ("large first", 9, None),
             ("one first", 1, None),
         ]:
             torch._dynamo.reset()
             fn = compiled(model, dynamic=dynamic)
-            fn(x[:first])
-            results[name] = torch.cat([fn(x[:1]), fn(x[1:4]), fn(x[4:])])
+            whole = fn(x[:first])
+            results[name] = torch.cat([fn(x[:1]), fn(x[1:])])
+            assert same_bits(whole, results[name][:first]), name
     for name, result in results.items():
         assert same_bits(result, results["static"]), name
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), *ON_A_GPU])
 def test_training_forward_equals_inference(device, dtype):
     model, x = block(device, dtype), random_rows(5, 11, 32, device=device, dtype=dtype)
     with torch.no_grad():
@@ -103,10 +103,10 @@ def test_training_forward_equals_inference(device, dtype):
     assert same_bits(checkpointed, inference)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.lengthy
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), *ON_A_GPU])
 def test_input_gradients_do_not_depend_on_the_batch(device, dtype):
-    model = compiled(block(device, dtype), dynamic=True)
+    model = over_batches(block(device, dtype))
 
     def gradients(x):
         x = x.clone().requires_grad_(True)
@@ -114,10 +114,11 @@ def test_input_gradients_do_not_depend_on_the_batch(device, dtype):
         return x.grad
 
     x = random_rows(9, 11, 32, device=device, dtype=dtype)
-    changed = changed_rows_over_batches(gradients, [x], [1, 2, 3, 9])
+    changed = changed_rows_over_batches(gradients, [x], [1, 3, 9])
     assert not any(changed.values()), changed
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_weight_gradients_are_the_same_from_run_to_run(device):
     def run():
@@ -219,7 +220,7 @@ def test_static_and_dynamic_lengths_have_one_order(device):
         low = x.bfloat16()
         return x.sum(-1), x.softmax(-1), x.std(-1, correction=0), low.sum(-1), low.prod(-1)
 
-    rows = [random_rows(4, length, device=device) for length in (1, 2, 3, 7, 8, 9, 33)]
+    rows = [random_rows(4, length, device=device) for length in (1, 2, 7, 8, 33)]
     static = compiled(lambda *xs: [fn(x) for x in xs], dynamic=False)(*rows)
     torch._dynamo.reset()
     dynamic = compiled(fn, dynamic=True)

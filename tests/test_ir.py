@@ -61,6 +61,7 @@ def test_every_tile_of_rows_was_followed():
     assert {re.search(r"XBLOCK: (\d+)", shown)[1] for shown in configurations} == {"1", "2", "4", "8", "16"}
 
 
+@pytest.mark.lengthy
 def test_every_tile_of_a_product_is_the_chain():
     """A dynamic graph holds all tiles that a launch may choose: swapped, by TMA, with extra columns."""
     a, b = R(37, 256).bfloat16(), R(256, 64).bfloat16()

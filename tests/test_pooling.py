@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
-from devices import DEVICES, compiled, random_rows
+from devices import DEVICES, compiled, over_batches, random_rows
 
 import bi_inductor
 from bi_inductor import oracle
@@ -31,6 +31,7 @@ def with_gradient(pool):
     return run
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", POOLS)
 def test_values_and_gradients_are_eagers(name):
     x = random_rows(2, 3, 9, 7).requires_grad_()
@@ -51,20 +52,21 @@ def test_a_window_is_the_oracles_tree():
     assert same_bits(whole[..., 0, 0], oracle.tree_sum(x, (-2, -1)) / 63)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_and_their_gradients_do_not_see_the_batch(device):
     def pools(x):
-        ys = [F.avg_pool2d(x, 3, 2, 1), F.adaptive_avg_pool2d(x, (4, 5)), F.max_pool2d(x, 3, 2)]
+        ys = [F.avg_pool2d(x, 3, 2, 1), F.adaptive_avg_pool2d(x, (4, 3)), F.max_pool2d(x, 3, 2)]
         return torch.cat([y.flatten(1) for y in ys], 1)
 
-    call = compiled(pools, dynamic=True)
+    call = over_batches(pools)
 
     def both(x):
         x = x.detach().requires_grad_()
         y = call(x)
         return y, torch.autograd.grad(y, x, torch.linspace(-1, 1, y.shape[1], device=device).expand_as(y))[0]
 
-    bi_inductor.assert_batch_invariant(both, random_rows(9, 2, 9, 7, device=device), batches=(1, 2, 9))
+    bi_inductor.assert_batch_invariant(both, random_rows(9, 2, 7, 5, device=device), batches=(1, 2, 9))
 
 
 def test_bf16_is_summed_wide_and_rounded_once():

@@ -16,14 +16,15 @@ from fuzzing.shrinking import shrunk
 from fuzzing.strategies import programs
 from hypothesis import given, settings
 
-GRAPHS = {"cpu": 3, "cuda": 24}
+GRAPHS = {"cpu": 2, "cuda": 24}
 #: Graphs in one compile. What scatters is compiled again at each power of two, with all of its bundle; on a GPU, where
 #: several tests run at once, graphs are by themselves.
-BUNDLE = {"cpu": 3, "cuda": 1}
+BUNDLE = {"cpu": 2, "cuda": 1}
 #: Whose code is generated and not compiled.
-GENERATED = 120
+GENERATED = 40
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("device", "first"),
     [
@@ -37,6 +38,7 @@ def test_rows_do_not_depend_on_the_batch(device, first):
     assert tally.rows > 1000 * len(graphs) and not tally.violations, tally.violations
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_generated_code_does_not_depend_on_the_batch(target):
     """Gradients for a few, results of many: a graph takes 0.2 s for each batch size, and four times that with both."""
@@ -79,6 +81,7 @@ def _normed_product() -> Program:
     return Program((x,), (w,), tuple(steps), ("v3", "v1"))
 
 
+@pytest.mark.lengthy
 def test_stock_is_caught():
     """The same comparisons find what stock Inductor changes."""
     tally = compare(Case([_normed_product()]), backend="inductor")

@@ -67,6 +67,7 @@ def cudnn_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_keeps_its_bits_in_every_batch_and_at_every_length(name, device, cudnn_in_fp32):
@@ -155,6 +156,7 @@ def test_bfloat16_is_near_float64():
         assert (a.double() - b).norm() < 0.03 * b.norm()
 
 
+@pytest.mark.lengthy
 def test_dropout_between_layers_is_drawn_by_slot():
     layer = nn.RNN(4, 8, 2, dropout=0.5)
     x = torch.randn(5, 31, 4)

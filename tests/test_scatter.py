@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import DEVICES, compiled, random_rows
+from devices import DEVICES, compiled, over_batches, random_rows
 
 import bi_inductor
 from bi_inductor import oracle
@@ -25,6 +25,7 @@ def add_rows(base, rows, values):
     return base.index_add(0, rows, values)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", DEVICES)
 def test_sums_equal_the_oracle(device, dtype):
@@ -61,6 +62,7 @@ def test_all_spellings_of_a_sum_are_one(device):
         assert same_bits(result.contiguous(), expected)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_does_not_see_the_batch(device):
     """Each row scatters within itself: the gradient of take_along_dim, at every batch size and slot."""
@@ -70,9 +72,7 @@ def test_a_row_does_not_see_the_batch(device):
 
     values = random_rows(16, 40, device=device)
     places = torch.stack([rows_to(6, 40, device, seed=seed) for seed in range(16)])
-    bi_inductor.assert_batch_invariant(
-        compiled(within_rows, dynamic=True), values, places, batches=(1, 2, 7, 16)
-    )
+    bi_inductor.assert_batch_invariant(over_batches(within_rows), values, places, batches=(1, 2, 7, 16))
 
 
 @pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "amin", "mean"])
@@ -144,6 +144,7 @@ def test_a_mask_with_one_value_is_a_where():
     )
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradient_of_an_embedding(device):
     """The tree over the tokens of each word, in the order of the text; padding and frequencies as in eager."""

@@ -59,6 +59,7 @@ def test_a_mask_takes_the_values_in_order(device):
         assert same_bits(actual, expected)
 
 
+@pytest.mark.lengthy
 def test_histograms_are_eagers():
     x, w = random_rows(500, scale=2), torch.ones(500)
     edges = torch.tensor([-3.0, -1.0, -0.5, 0.0, 2.0])
@@ -76,6 +77,7 @@ def test_histograms_are_eagers():
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_logcumsumexp_of_a_prefix_does_not_depend_on_what_follows(device):
     call, x = compiled(lambda x: x.logcumsumexp(-1), dynamic=True), random_rows(4, 600, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from devices import DEVICES, compiled, random_rows
+from devices import DEVICES, compiled, over_batches, random_rows
 
 import bi_inductor
 from bi_inductor import BatchInvarianceError, verifier
@@ -23,6 +23,7 @@ def test_transforms_are_eagers_up_to_rounding(name):
     torch.testing.assert_close(compiled(TRANSFORMS[name])(x), TRANSFORMS[name](x), atol=2e-2, rtol=1e-4)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_spectrum_of_a_row_does_not_see_the_batch(device):
     def spectrum(x):
@@ -30,7 +31,7 @@ def test_the_spectrum_of_a_row_does_not_see_the_batch(device):
         return torch.fft.rfft(x).abs(), torch.stft(x, 16, 4, 16, window, return_complex=True).abs()
 
     x = random_rows(9, 60, device=device)
-    bi_inductor.assert_batch_invariant(compiled(spectrum, dynamic=True), x, batches=(1, 2, 9))
+    bi_inductor.assert_batch_invariant(over_batches(spectrum), x, batches=(1, 2, 9))
 
 
 @pytest.mark.parametrize("length", [1, 2, 17])
@@ -45,6 +46,7 @@ def test_a_long_transform_is_refused_with_the_limit():
         compiled(lambda x: torch.fft.rfft(x).abs())(torch.randn(1, 4097))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_complex_arithmetic_does_not_see_the_batch(device):
     def arithmetic(a, b, c):
@@ -54,7 +56,7 @@ def test_complex_arithmetic_does_not_see_the_batch(device):
 
     inputs = [torch.randn(9, 4, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     inputs = [x.to(device) for x in inputs]
-    call = compiled(arithmetic, dynamic=True)
+    call = over_batches(arithmetic)
     for actual, expected in zip(call(*inputs), arithmetic(*(x.double() for x in inputs)), strict=True):
         torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
     bi_inductor.assert_batch_invariant(call, *inputs, batches=(1, 2, 9))

@@ -222,6 +222,7 @@ def test_tma_and_extra_columns_have_the_bits_of_other_tiles(k_is_dense, fused):
 # Cubins
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("target", "family"), [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")]
 )

@@ -55,6 +55,7 @@ def in_every_window(query, key, value, cu, longest):
     ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_document_has_the_bits_it_has_alone(device):
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """How long a cold compile takes, beside stock Inductor in the same process, on a GPU or on a CPU.
 
-    python benchmarks/compile_time.py --out benchmarks/results/compile_time_cpu.csv    # without a GPU: ten minutes
+    python benchmarks/compile_time.py --out benchmarks/results/compile_time_cpu.csv    # without a GPU
     python benchmarks/compile_time.py --only attention --sizes batch                   # one of them
 
 Caches are off. Each backend compiles something else first, so that what it imports is not counted; then each case is

@@ -1,6 +1,6 @@
 """A decoder layer of Llama-3-8B's sizes, compiled, beside stock torch.compile, bf16, in one run.
 
-    python benchmarks/decoder.py --out benchmarks/results/decoder.csv    # two minutes
+    python benchmarks/decoder.py --out benchmarks/results/decoder.csv
     python benchmarks/decoder.py --cached 8192 --batches 1 16
 
 Prefill: one sequence of ``--prefill`` tokens, causal. Decode: one token of each of B sequences after ``--cached``

@@ -1,7 +1,7 @@
 """The stride of an index along one loop variable, found term by term.
 
-Inductor asks for it for every load and every variable, and simplifies the whole index each time: with sizes that
-are symbols that is half the time of a compile. An index is a sum; a term without the variable adds nothing to
+Inductor asks for it for every load and every variable, and simplifies the whole index each time, which is slow where
+sizes are symbols. An index is a sum; a term without the variable adds nothing to
 its stride, and a term that is the variable times a factor adds the factor. Only quotients and remainders are left.
 """
 

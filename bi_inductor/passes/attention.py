@@ -193,7 +193,7 @@ def autocast_applied(*tensors: Tensor | None) -> Iterator[list[Any]]:
 def _specialize(x: Tensor, enable_gqa: bool) -> None:
     """Make numbers of the head dim and, where there are heads for sure, of how many: both are a model's constants.
 
-    With a symbol for each, every reshape is a proof about products of symbols, and most of the time to compile.
+    With a symbol for each, every reshape is a proof about products of symbols, which is slow.
     """
     for dim in (-1, -3) if enable_gqa else (-1,):
         int(x.shape[dim])

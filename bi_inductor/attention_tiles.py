@@ -23,7 +23,7 @@ def tile_map(visible: Tensor, groups: int, tile: int) -> Tensor:
     """``visible [b, h, L, S]`` (bool; b and h may be 1 for all) -> int32 [b, 1 or ``groups``, granules, 2 * words].
 
     For each 16 queries and each 32 tiles of ``tile`` keys two words: bit t of the first says that a query, of any head
-    of its group, sees a key of tile t, and of the second that one does not see all of them.
+    of its group, sees a key of tile t, and of the second that one does not see all of them, of those that exist.
     """
     batch, heads, queries, keys = visible.shape
     words = -(-keys // (WORD * tile))
@@ -31,10 +31,17 @@ def tile_map(visible: Tensor, groups: int, tile: int) -> Tensor:
     padding = (0, words * WORD * tile - keys, 0, granules * GRANULE - queries)
     group = (1, 1) if heads == 1 else (groups, heads // groups)
     size = (batch, *group, granules, GRANULE, words, WORD, tile)
-    # Pairs that see each other count in the low half of an int64, others in the high one: one pass over the mask.
-    counts = F.pad(torch.where(visible, 1, 1 << 32), padding).reshape(size).sum((2, 4, 7))
-    states = torch.stack([counts & ((1 << 32) - 1), counts >> 32], -2) > 0
-    bits = states.long() << torch.arange(WORD, device=visible.device)
+    # How many pairs of a tile see each other, and how many there are: one pass over the mask.
+    counts = F.pad(visible, padding, value=False).reshape(size).sum((2, 4, 7), dtype=torch.int32)
+    rows, columns = (
+        torch.where(left < size, left, size)
+        for left, size in (
+            (queries - torch.arange(granules, device=visible.device) * GRANULE, GRANULE),
+            (keys - torch.arange(words * WORD, device=visible.device) * tile, tile),
+        )
+    )
+    pairs = (rows[:, None] * columns * group[1]).reshape(granules, words, WORD)
+    bits = torch.stack([counts > 0, counts < pairs], -2).long() << torch.arange(WORD, device=visible.device)
     return bits.sum(-1).to(torch.int32).reshape(batch, group[0], granules, 2 * words)
 
 
@@ -47,17 +54,23 @@ def maps_of(node: Node) -> tuple[Any, ...]:
 
 
 def query_spans(visible: Tensor, groups: int) -> Tensor:
-    """``visible`` as above -> int32 [b, 1 or ``groups``, granules, 2].
+    """``visible`` as above -> int32 [b, 1 or ``groups``, granules, 4].
 
-    For each 16 keys the first query that sees one of them, of any head of the group, and the one after the last; (L, 0)
-    where none does.
+    For each 16 keys the first query that sees one of them, of any head of the group, and the one after the last ((L, 0)
+    where none does); then, if the queries that see all of them have no other between them, those in the same way.
     """
     batch, heads, queries, keys = visible.shape
     granules = -(-keys // GRANULE)
     group = (1, 1) if heads == 1 else (groups, heads // groups)
-    padded = F.pad(visible, (0, granules * GRANULE - keys), value=False)
-    seen = padded.reshape(batch, *group, queries, granules, GRANULE).any(-1).any(2)
+    padding = (0, granules * GRANULE - keys)
+    size = (batch, *group, queries, granules, GRANULE)
+    counts = F.pad(visible, padding, value=False).reshape(size).sum((2, 5), dtype=torch.int32)
+    left = keys - torch.arange(granules, device=visible.device) * GRANULE
     places = torch.arange(queries, device=visible.device, dtype=torch.int32)[:, None]
-    first = torch.where(seen, places, queries).amin(-2)
-    last = torch.where(seen, places + 1, 0).amax(-2)
-    return torch.stack([first, last], -1).to(torch.int32)
+    seen, whole = counts > 0, counts == torch.where(left < GRANULE, left, GRANULE) * group[1]
+    (first, last), (start, end) = (
+        (torch.where(x, places, queries).amin(-2), torch.where(x, places + 1, 0).amax(-2))
+        for x in (seen, whole)
+    )
+    end = torch.where(whole.sum(-2, dtype=torch.int32) == end - start, end, 0)
+    return torch.stack([first, last, start, end], -1).to(torch.int32)

@@ -106,6 +106,7 @@ def _restore() -> None:
 
 def _install() -> None:
     try:
+        _install_partitioner()
         _install_graph_lowering()
         _install_code_generators()
         _install_reductions()
@@ -116,6 +117,22 @@ def _install() -> None:
     except BaseException:
         _restore()
         raise
+
+
+def _install_partitioner() -> None:
+    """What changes is where a mask is computed, and how much memory there is between forward and backward."""
+    from torch._inductor import compile_fx
+
+    from .passes.masks import recompute_masks
+
+    stock = compile_fx.min_cut_rematerialization_partition
+
+    def partition(joint: Any, *args: Any, **kwargs: Any) -> Any:
+        if _options() is not None:
+            recompute_masks(joint)
+        return stock(joint, *args, **kwargs)
+
+    _replace(compile_fx, "min_cut_rematerialization_partition", partition)
 
 
 def _install_graph_lowering() -> None:

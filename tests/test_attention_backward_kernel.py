@@ -177,7 +177,11 @@ CORRUPTIONS = {
     "one head less": ("causal", r"BLOCK_N, GROUP, QUERIES,", "BLOCK_N, 1, QUERIES,"),
     "a chain that is not finished": ("causal", r"attention_backward\.finish\(dv\)", "(dv + 1)"),
     "no scale": ("causal", r"finish\(dk\) \* tl\.full\(\(\), SCALE, tl\.float32\)", "finish(dk)"),
-    "a hidden key in sight": ("mask", r"mask_strides, idx_n, exists\)", "mask_strides, idx_n - 1, exists)"),
+    "a hidden key in sight": (
+        "mask",
+        r"mask_strides, idx_n, exists, KEYS\)",
+        "mask_strides, idx_n - 1, exists, KEYS)",
+    ),
     "another function": (
         "causal",
         r"attention_backward\.query_gradients\(",

@@ -43,7 +43,7 @@ def test_what_the_map_says(heads):
     mask[1, -1, 16:] = False
     groups, tile = (2, 16) if heads == 4 else (1, 16)
     tiles, spans = tile_map(mask, 2, tile), query_spans(mask, 2)
-    assert tiles.shape == (2, groups, 3, 4) and spans.shape == (2, groups, 44, 2)
+    assert tiles.shape == (2, groups, 3, 4) and spans.shape == (2, groups, 44, 4)
     for b, group in ((b, g) for b in range(2) for g in range(groups)):
         here = mask[b, group * 2 : group * 2 + 2] if heads == 4 else mask[b]
         for granule, key_tile in ((g, t) for g in range(3) for t in range(44)):
@@ -51,10 +51,20 @@ def test_what_the_map_says(heads):
             seen, holes = tiles[b, group, granule, 2 * (key_tile // WORD) :][:2] >> key_tile % WORD & 1
             assert (seen, holes) == (block.any(), not block.all())
         for granule, span in enumerate(spans[b, group]):
-            queries = (
-                here[:, :, granule * GRANULE :][:, :, :GRANULE].any(0).any(-1).nonzero().flatten().tolist()
-            )
-            assert span.tolist() == ([queries[0], queries[-1] + 1] if queries else [37, 0])
+            block = here[:, :, granule * GRANULE :][:, :, :GRANULE]
+            queries = block.any(0).any(-1).nonzero().flatten().tolist()
+            first, last, whole, until = span.tolist()
+            assert [first, last] == ([queries[0], queries[-1] + 1] if queries else [37, 0])
+            assert until <= last and block[:, whole:until].all()
+
+
+def test_spans_of_a_window_are_as_long_as_they_can_be():
+    """What only some of the keys see is at both ends."""
+    mask = band(200, 200, 40, 0)[None, None]
+    for granule, (first, last, whole, until) in enumerate(query_spans(mask, 1)[0, 0].tolist()):
+        block = mask[0, 0, :, granule * GRANULE :][:, :GRANULE]
+        assert block[whole:until].all() and until - whole == int(block.all(-1).sum())
+        assert not block[:first].any() and not block[last:].any()
 
 
 @pytest.mark.parametrize("queries", [1, 17], ids=["split", "in sequence"])

@@ -727,3 +727,25 @@ def test_an_unreadable_form_makes_no_claim():
         "Drawn(float32)": False,
     }.items():
         assert Forms([type(entry)(**{**vars(entry), "form": form})]).is_open is is_open
+
+
+def test_tensors_past_int32_are_admitted():
+    """Indices of their kernels are int64."""
+
+    def reduced(x):
+        return torch.softmax(x.float(), -1).sum(0), x.amax(-1)
+
+    (graph,) = inspect(reduced, torch.empty(80_000, 32_768, device="meta", dtype=torch.bfloat16)).graphs
+    assert "R0_BLOCK)[None, :].to(tl.int64)" in graph.source
+
+
+def test_an_extremum_of_rows_without_a_rest_is_admitted():
+    """Where no element of a block is past the end, what was found is kept without ``tl.where``."""
+
+    def greedy(x):
+        return x.amax(-1), x.argmax(-1)
+
+    (graph,) = inspect(greedy, torch.empty(4096, 131_072, device="meta", dtype=torch.bfloat16)).graphs
+    kept = re.compile(r"(_tmp\d+) = (tmp\d+)\n")
+    assert kept.search(graph.source)
+    assert verifier.verify(kept.sub(r"\1 = tmp0\n", graph.source, count=1), graph.certificate)

@@ -139,6 +139,30 @@ def load_mask(pointers, exists, other, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def mask_of(mask_base, stride_mn, keys, key_count, exists, other, SCORES: tl.constexpr, WIDTH: tl.constexpr):
+    """The mask of a program's rows and ``keys`` [1, N]: [M, N], read, or computed by a function of the kernel's file.
+
+    A computed one goes through a maximum over one element as well: it may have read bytes (``load_mask``).
+    """
+    if SCORES[5]:
+        captured, idx_b, idx_h, positions = mask_base
+        FUNCTION: tl.constexpr = SCORES[6]
+        values = FUNCTION(idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
+        values = through_reduction(tl.broadcast_to(values, exists.shape))
+    else:
+        values = load_mask(mask_base + keys * stride_mn, exists, other, WIDTH)
+    return values
+
+
+@triton.jit
+def through_reduction(values):
+    """The same values, bools as bytes."""
+    if values.dtype == tl.int1:
+        values = values.to(tl.int8)
+    return tl.reduce(tl.expand_dims(values, 2), 2, _larger)
+
+
+@triton.jit
 def ones_of(word):
     """How many bits of a ``word``, 0 ... 2**32 - 1 as int64, are ones."""
     word = word - ((word >> 1) & 0x55555555)
@@ -153,10 +177,11 @@ def _either(a, b):
 
 
 @triton.jit
-def tile_words(tiles, first, high, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
-    """(tiles of which a row of the program sees something, tiles of which one does not see all): bits of an int64.
+def tile_words(tiles, first, high, key_count, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
+    """(tiles of which every row of the program sees all keys, others of which one sees something): bits of an int64.
 
-    Bit 0 is the tile at key ``first``; the last one ends at ``high``, or where its word of the map does.
+    Bit 0 is the tile at key ``first``; the last one ends at ``high``, or where its word of the map does. A tile with
+    keys from ``key_count`` is of the second kind.
     """
     base, stride_granule, stride_word, first_granule, last_granule = tiles
     granules = first_granule + tl.arange(0, GRANULES)
@@ -166,8 +191,30 @@ def tile_words(tiles, first, high, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr
     holes = tl.reduce(tl.load(at + stride_word, mask=exists, other=0), 0, _either)
     place = (first // BLOCK_N) % 32
     count = tl.minimum(tl.cdiv(high - first, BLOCK_N), 32 - place)
-    seen = ((seen.to(tl.int64) & 0xFFFFFFFF) >> place) & ((tl.full((), 1, tl.int64) << count) - 1)
-    return seen, (holes.to(tl.int64) & 0xFFFFFFFF) >> place
+    one = tl.full((), 1, tl.int64)
+    seen = ((seen.to(tl.int64) & 0xFFFFFFFF) >> place) & ((one << count) - 1)
+    ends = tl.minimum(tl.maximum(key_count // BLOCK_N - first // BLOCK_N, 0), 32)
+    whole = seen & ~((holes.to(tl.int64) & 0xFFFFFFFF) >> place) & ((one << ends) - 1)
+    return whole, seen & ~whole
+
+
+@triton.jit
+def run_count(whole, edges):
+    """How many runs of tiles there are: neighbours of ``whole``, then neighbours of ``edges`` that follow on them."""
+    return ones_of(whole & ~(whole << 1)) + ones_of(edges & ~((whole | edges) << 1))
+
+
+@triton.jit
+def next_run(whole, edges):
+    """(its first tile, its tiles of ``whole``, of ``edges``, and what is left of both) of two words, not both 0."""
+    seen = whole | edges
+    place = ones_of((seen & -seen) - 1)
+    rest = ~(whole >> place)
+    whole_count = ones_of((rest & -rest) - 1)
+    rest = ~(edges >> (place + whole_count))
+    edge_count = ones_of((rest & -rest) - 1)
+    end = place + whole_count + edge_count
+    return place, whole_count, edge_count, (whole >> end) << end, (edges >> end) << end
 
 
 @triton.jit
@@ -177,16 +224,12 @@ def _tile(
     keys_and_values,
     mask_and_rows,
     start,
-    hides,
     key_count,
     EDGE: tl.constexpr,
     SHAPE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """One tile of keys: (m, sums, acc) -> (m, sums, acc). EDGE: some of its keys may be hidden or not exist.
-
-    ``hides``: false if all of its keys that exist are known to be visible.
-    """
+    """One tile of keys: (m, sums, acc) -> (m, sums, acc). EDGE: some of its keys may be hidden or not exist."""
     m, sums, acc = state
     k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
     mask_base, stride_mn, positions, rows_exist, _ = mask_and_rows
@@ -200,8 +243,8 @@ def _tile(
     CAUSAL: tl.constexpr = SCORES[0]
     MASK: tl.constexpr = SCORES[1]
     SCALE: tl.constexpr = SCORES[2]
-    SCALE_FIRST: tl.constexpr = SCORES[3]
-    PRECISION: tl.constexpr = SCORES[4]
+    PRECISION: tl.constexpr = SCORES[3]
+    SCALE_FIRST: tl.constexpr = SCORES[7]
     WIDTH: tl.constexpr = v_base.dtype.element_ty.primitive_bitwidth
     keys = start + tl.arange(0, BLOCK_N)
     exists = None
@@ -226,16 +269,13 @@ def _tile(
         visible = exists
         if CAUSAL:
             visible = visible & (keys[None, :] <= positions)
-        if MASK == 1:
-            at = mask_base + keys.to(INDEX)[None, :] * stride_mn
-            visible = visible & (load_mask(at, exists & rows_exist, 0, WIDTH) != 0)
-        if MASK == 3:
-            at = mask_base + keys.to(INDEX)[None, :] * stride_mn
-            shown = load_mask(at, exists & rows_exist & hides, 0, WIDTH) != 0
-            visible = visible & (shown | (hides == 0))
-        if MASK == 2:
-            at = mask_base + keys.to(INDEX)[None, :] * stride_mn
-            t += load_mask(at, exists & rows_exist, 0.0, WIDTH).to(tl.float32)
+        if MASK:
+            columns = keys.to(INDEX)[None, :]
+            given = mask_of(mask_base, stride_mn, columns, key_count, exists & rows_exist, 0, SCORES, WIDTH)
+            if MASK == 2:
+                t += given.to(tl.float32)
+            else:
+                visible = visible & (given != 0)
         t = tl.where(visible, t, -float("inf"))
     highest = tl.maximum(m, tl.max(t, 1) * factor)
     rescale = tl.exp2(m - highest)
@@ -266,40 +306,47 @@ def one_chunk(
     """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row.
 
     With a map of tiles (MASK = 3, ``attention_tiles.py``) those that every row of the program is hidden from are left
-    out, and of those that hide nothing the mask is not read; with others tile follows on tile.
+    out, and of those that hide nothing the mask is not asked; with others tile follows on tile.
     """
     BLOCK_N: tl.constexpr = SHAPE[0]
     EDGE_STAGES: tl.constexpr = STAGES[1]
     m = tl.full((q[0].shape[0],), LOWEST, tl.float32)
     sums = tl.zeros((q[0].shape[0], 4), tl.float32)
     acc = tl.zeros((q[0].shape[0], SHAPE[4]), tl.float32)
-    edge = low
-    if SCORES[1] == 0:
-        edge = tl.maximum(tl.minimum(high, full), low)
-        for start in tl.range(low, edge, BLOCK_N, num_stages=STAGES[0]):
-            state = (m, sums, acc)
-            m, sums, acc = _tile(
-                state, q, keys_and_values, mask_and_rows, start, True, key_count, False, SHAPE, SCORES
-            )
     if SCORES[1] == 3:
         WORD: tl.constexpr = 32 * BLOCK_N
         for word in tl.range(low // WORD, tl.cdiv(high, WORD), num_stages=1):
             first = tl.maximum(low, word * WORD)
-            seen, holes = tile_words(mask_and_rows[4], first, high, BLOCK_N, SCORES[5])
-            for _ in tl.range(0, ones_of(seen), num_stages=EDGE_STAGES):
-                lowest = seen & -seen
-                seen = seen ^ lowest
-                start = first + ones_of(lowest - 1) * BLOCK_N
-                hides = (holes & lowest) != 0
+            whole, edges = tile_words(mask_and_rows[4], first, high, key_count, BLOCK_N, SCORES[4])
+            for _ in tl.range(0, run_count(whole, edges), num_stages=1):
+                place, whole_count, edge_count, whole, edges = next_run(whole, edges)
+                start = first + place * BLOCK_N
+                for step in tl.range(0, whole_count, num_stages=STAGES[0]):
+                    tile = start + step * BLOCK_N
+                    state = (m, sums, acc)
+                    m, sums, acc = _tile(
+                        state, q, keys_and_values, mask_and_rows, tile, key_count, False, SHAPE, SCORES
+                    )
+                start += whole_count * BLOCK_N
+                for step in tl.range(0, edge_count, num_stages=EDGE_STAGES):
+                    tile = start + step * BLOCK_N
+                    state = (m, sums, acc)
+                    m, sums, acc = _tile(
+                        state, q, keys_and_values, mask_and_rows, tile, key_count, True, SHAPE, SCORES
+                    )
+    else:
+        edge = low
+        if SCORES[1] == 0:
+            edge = tl.maximum(tl.minimum(high, full), low)
+            for start in tl.range(low, edge, BLOCK_N, num_stages=STAGES[0]):
                 state = (m, sums, acc)
                 m, sums, acc = _tile(
-                    state, q, keys_and_values, mask_and_rows, start, hides, key_count, True, SHAPE, SCORES
+                    state, q, keys_and_values, mask_and_rows, start, key_count, False, SHAPE, SCORES
                 )
-    else:
         for start in tl.range(edge, high, BLOCK_N, num_stages=EDGE_STAGES):
             state = (m, sums, acc)
             m, sums, acc = _tile(
-                state, q, keys_and_values, mask_and_rows, start, True, key_count, True, SHAPE, SCORES
+                state, q, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES
             )
     return m, total(sums), acc
 

@@ -18,7 +18,7 @@ Sizes of tiles, warps, stages and how rows are packed into a tile of dq are free
 import triton
 import triton.language as tl
 
-from .attention import LOG2_E, load_mask, load_rows, ones_of, tile_words
+from .attention import LOG2_E, load_rows, mask_of, next_run, run_count, tile_words
 
 
 @triton.jit
@@ -34,40 +34,26 @@ def load_statistics(logsumexp, delta, exists):
 
 
 @triton.jit
-def _visible(mask_pointers, positions, keys, exists, hides, SCORES: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of the pairs that exist see each other; [M, N] or [N, M] like ``exists``.
-
-    ``hides``: as in ``attention.py``.
-    """
+def _visible(given, positions, keys, exists, SCORES: tl.constexpr):
+    """Which of the pairs that exist see each other; [M, N] or [N, M] like ``exists``. ``given``: their mask, if any."""
     visible = exists
     if SCORES[0]:
         visible = visible & (keys <= positions)
-    if SCORES[1] == 1:
-        visible = visible & (load_mask(mask_pointers, exists, 0, WIDTH) != 0)
-    if SCORES[1] == 3:
-        visible = visible & ((load_mask(mask_pointers, exists & hides, 0, WIDTH) != 0) | (hides == 0))
+    if SCORES[1] == 1 or SCORES[1] == 3:
+        visible = visible & (given != 0)
     return visible
 
 
 @triton.jit
-def _probabilities(
-    t,
-    logsumexp,
-    mask_pointers,
-    visible,
-    exists,
-    EDGE: tl.constexpr,
-    SCORES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """p of the products ``t``; all three of one shape, or ``logsumexp`` broadcast to it."""
+def _probabilities(t, logsumexp, given, visible, EDGE: tl.constexpr, SCORES: tl.constexpr):
+    """p of the products ``t``; all of one shape, or ``logsumexp`` broadcast to it."""
     MASK: tl.constexpr = SCORES[1]
     SCALE: tl.constexpr = SCORES[2]
     if MASK == 2:
         if SCALE == 1.0:  # a choice that is none: Triton would start the dot from what is added to it next
             t = tl.where(t == 0.0, 0.0, t)
         t = t * tl.full((), SCALE, tl.float32)
-        t = (t + load_mask(mask_pointers, exists, 0.0, WIDTH).to(tl.float32)) * LOG2_E
+        t = (t + given.to(tl.float32)) * LOG2_E
     else:
         t = t * tl.full((), SCALE * LOG2_E, tl.float32)
     if EDGE:
@@ -84,7 +70,6 @@ def _query_tile(
     keys_and_values,
     mask_and_rows,
     start,
-    hides,
     key_count,
     EDGE: tl.constexpr,
     SHAPE: tl.constexpr,
@@ -110,14 +95,15 @@ def _query_tile(
     k = load_rows(k_base, column, tl.arange(0, BLOCK_D)[None, :], stride_kn, stride_kd, exists, D)
     v = load_rows(v_base, column, tl.arange(0, BLOCK_DV)[None, :], stride_vn, stride_vd, exists, DV)
     visible = None
-    pairs = None
-    at = None
+    given = None
     if EDGE:
         pairs = (keys < key_count)[None, :] & rows_exist
-        at = mask_base + keys.to(INDEX)[None, :] * stride_mn
-        visible = _visible(at, positions, keys[None, :], pairs, hides, SCORES, WIDTH)
+        if SCORES[1]:
+            row = keys.to(INDEX)[None, :]
+            given = mask_of(mask_base, stride_mn, row, key_count, pairs, 0, SCORES, WIDTH)
+        visible = _visible(given, positions, keys[None, :], pairs, SCORES)
     t = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(t, logsumexp, at, visible, pairs, EDGE, SCORES, WIDTH)
+    p = _probabilities(t, logsumexp, given, visible, EDGE, SCORES)
     ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta)
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
@@ -143,33 +129,49 @@ def query_gradients(
     BLOCK_N: tl.constexpr = SHAPE[1]
     EDGE_STAGES: tl.constexpr = STAGES[1]
     acc = tl.zeros((q.shape[0], SHAPE[3]), tl.float32)
-    edge = full * 0
-    if SCORES[1] == 0:
-        edge = full
-        for start in tl.range(0, full, BLOCK_N, num_stages=STAGES[0]):
-            acc = _query_tile(
-                acc,
-                q,
-                g,
-                statistics,
-                keys_and_values,
-                mask_and_rows,
-                start,
-                True,
-                key_count,
-                False,
-                SHAPE,
-                SCORES,
-            )
     if SCORES[1] == 3:
         WORD: tl.constexpr = 32 * BLOCK_N
         for first in tl.range(0, end, WORD, num_stages=1):
-            seen, holes = tile_words(mask_and_rows[4], first, end, BLOCK_N, SCORES[4])
-            for _ in tl.range(0, ones_of(seen), num_stages=EDGE_STAGES):
-                lowest = seen & -seen
-                seen = seen ^ lowest
-                start = first + ones_of(lowest - 1) * BLOCK_N
-                hides = (holes & lowest) != 0
+            whole, edges = tile_words(mask_and_rows[4], first, end, key_count, BLOCK_N, SCORES[4])
+            for _ in tl.range(0, run_count(whole, edges), num_stages=1):
+                place, whole_count, edge_count, whole, edges = next_run(whole, edges)
+                start = first + place * BLOCK_N
+                for step in tl.range(0, whole_count, num_stages=STAGES[0]):
+                    tile = start + step * BLOCK_N
+                    acc = _query_tile(
+                        acc,
+                        q,
+                        g,
+                        statistics,
+                        keys_and_values,
+                        mask_and_rows,
+                        tile,
+                        key_count,
+                        False,
+                        SHAPE,
+                        SCORES,
+                    )
+                start += whole_count * BLOCK_N
+                for step in tl.range(0, edge_count, num_stages=EDGE_STAGES):
+                    tile = start + step * BLOCK_N
+                    acc = _query_tile(
+                        acc,
+                        q,
+                        g,
+                        statistics,
+                        keys_and_values,
+                        mask_and_rows,
+                        tile,
+                        key_count,
+                        True,
+                        SHAPE,
+                        SCORES,
+                    )
+    else:
+        edge = full * 0
+        if SCORES[1] == 0:
+            edge = full
+            for start in tl.range(0, full, BLOCK_N, num_stages=STAGES[0]):
                 acc = _query_tile(
                     acc,
                     q,
@@ -178,27 +180,14 @@ def query_gradients(
                     keys_and_values,
                     mask_and_rows,
                     start,
-                    hides,
                     key_count,
-                    True,
+                    False,
                     SHAPE,
                     SCORES,
                 )
-    else:
         for start in tl.range(edge, end, BLOCK_N, num_stages=EDGE_STAGES):
             acc = _query_tile(
-                acc,
-                q,
-                g,
-                statistics,
-                keys_and_values,
-                mask_and_rows,
-                start,
-                True,
-                key_count,
-                True,
-                SHAPE,
-                SCORES,
+                acc, q, g, statistics, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES
             )
     return acc
 
@@ -224,7 +213,7 @@ def _key_tile(
     dk, dv = state
     q_base, stride_qh, stride_qm, stride_qd = queries[0]
     g_base, stride_gh, stride_gm, stride_gd = queries[1]
-    mask_base, mask_strides, keys, keys_exist = mask_and_keys
+    mask_base, mask_strides, keys, keys_exist, key_count = mask_and_keys
     stride_mh, stride_mm, stride_mn = mask_strides
     group, length = sizes
     BLOCK_M: tl.constexpr = SHAPE[0]
@@ -253,14 +242,20 @@ def _key_tile(
     g = load_rows(g_rows, position, tl.arange(0, BLOCK_DV)[None, :], stride_gm, stride_gd, column_exists, DV)
     logsumexp, delta = load_statistics(queries[2] + rows, queries[3] + rows, exists)
     visible = None
-    pairs = None
-    at = None
+    given = None
     if EDGE:
         pairs = (rows < group * length)[None, :] & keys_exist
-        at = mask_base + heads[None, :] * stride_mh + positions[None, :] * stride_mm + keys * stride_mn
-        visible = _visible(at, positions[None, :], keys, pairs, True, SCORES, WIDTH)
+        if SCORES[1]:
+            if SCORES[5]:
+                captured, idx_b, first_head = mask_base
+                head_of = first_head + tl.minimum(heads, tl.cast(group, INDEX) - 1)[None, :]
+                at = (captured, idx_b, head_of, positions[None, :])
+            else:
+                at = mask_base + (heads[None, :] * stride_mh + positions[None, :] * stride_mm)
+            given = mask_of(at, stride_mn, keys, key_count, pairs, 0, SCORES, WIDTH)
+        visible = _visible(given, positions[None, :], keys, pairs, SCORES)
     t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p = _probabilities(t, logsumexp[None, :], at, visible, pairs, EDGE, SCORES, WIDTH)
+    p = _probabilities(t, logsumexp[None, :], given, visible, EDGE, SCORES)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -269,12 +264,17 @@ def _key_tile(
 
 @triton.jit
 def span_of(base, stride_granule, stride_end, first_key, keys, GRANULE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first query that sees one of the BLOCK_N keys from ``first_key``, one after the last), of a map of spans."""
+    """Four queries: of a map of spans (``attention_tiles.py``), what holds for all BLOCK_N keys from ``first_key``."""
     granules = first_key // GRANULE + tl.arange(0, BLOCK_N // GRANULE)
     exists = granules * GRANULE < keys
-    first = tl.load(base + granules * stride_granule, mask=exists, other=2147483647)
-    last = tl.load(base + granules * stride_granule + stride_end, mask=exists, other=0)
-    return tl.min(first, 0), tl.max(last, 0)
+    at = base + granules * stride_granule
+    first = tl.load(at, mask=exists, other=2147483647)
+    last = tl.load(at + stride_end, mask=exists, other=0)
+    whole = tl.load(at + 2 * stride_end, mask=exists, other=0)
+    until = tl.load(at + 3 * stride_end, mask=exists, other=0)
+    # Keys that do not exist are seen by nobody.
+    until = tl.where(first_key + BLOCK_N <= keys, until, 0)
+    return tl.min(first, 0), tl.max(last, 0), tl.max(whole, 0), tl.min(until, 0)
 
 
 @triton.jit
@@ -296,7 +296,8 @@ def key_gradients(
     The rows of a group, head after head, are cut into tiles of BLOCK_M. For each head come the tiles that only some of
     its pairs need (under a causal mask those around the diagonal), then those inside the head that need no mask. The
     tile that a head shares with the next one stands at the beginning of the next one's. Tiles ascend, each comes once.
-    ``span``: with a map (MASK = 3) no query of a head before the first sees one of the keys, nor one from the second.
+    ``span``: with a map (MASK = 3) no query of a head before the first sees one of the keys, nor one from the second,
+    and from the third up to the fourth each sees all of them.
     """
     BLOCK_M: tl.constexpr = SHAPE[0]
     EDGE_STAGES: tl.constexpr = STAGES[1]
@@ -307,14 +308,18 @@ def key_gradients(
     first_key = tl.cast(first_key, tl.int32)
     sizes = (group, length)
     tiles = tl.cdiv(group * length, BLOCK_M)
-    # Queries of a head before the first that sees one of the keys; before the first that sees all of them.
+    # Queries of a head before the first that sees one of the keys; before the first of those that see all of them.
     none = length * 0
     some = none
+    # The last of those that see all of them, and of those that see one.
+    all_until = length
     until = length
     heads = group + 1
     if SCORES[1] == 3:
         none = tl.minimum(span[0], length)
         until = tl.minimum(span[1], length)
+        some = tl.minimum(span[2], length)
+        all_until = tl.minimum(span[3], length)
     if SCORES[0]:
         none = tl.minimum(first_key, length)
         some = tl.minimum(first_key + (SHAPE[1] - 1), length)
@@ -327,18 +332,24 @@ def key_gradients(
         last = tl.maximum(tl.minimum(tl.cdiv(start + until, BLOCK_M), tiles), first)
         full = last
         inside = last
-        if SCORES[1] == 0:
-            full = tl.minimum(tl.maximum(tl.cdiv(start + some, BLOCK_M), first), tiles)
-            inside = tl.maximum(tl.minimum(start + length, group * length) // BLOCK_M, full)
+        if SCORES[1] == 0 or SCORES[1] == 3:
+            full = tl.minimum(tl.maximum(tl.cdiv(start + some, BLOCK_M), first), last)
+            inside = tl.maximum(tl.minimum(start + all_until, group * length) // BLOCK_M, full)
         extra = tl.where(first > done, shared, none * 0)
         for step in tl.range(0, full - first + extra, num_stages=EDGE_STAGES):
             tile = tl.where(step < extra, done, first + step - extra)
             dk, dv = _key_tile((dk, dv), k, v, queries, mask_and_keys, head, tile, sizes, True, SHAPE, SCORES)
-        if SCORES[1] == 0:
+        if SCORES[1] == 0 or SCORES[1] == 3:
             for tile in tl.range(full, inside, num_stages=STAGES[0]):
                 dk, dv = _key_tile(
                     (dk, dv), k, v, queries, mask_and_keys, head, tile, sizes, False, SHAPE, SCORES
                 )
+        if SCORES[1] == 3:
+            for tile in tl.range(inside, last, num_stages=EDGE_STAGES):
+                dk, dv = _key_tile(
+                    (dk, dv), k, v, queries, mask_and_keys, head, tile, sizes, True, SHAPE, SCORES
+                )
+            inside = tl.maximum(inside, last)
         done = inside
         shared = tl.where(last > inside, none * 0 + 1, none * 0)
     return dk, dv

@@ -26,8 +26,16 @@ from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max, Min
 
 from bi_inductor import contract
 from bi_inductor.attention_tiles import GRANULE
-from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
+from bi_inductor.templates.computed import Computed, ComputingKernel, computed
+from bi_inductor.templates.emission import Template, emit, realized
 from bi_inductor.templates.triton_matmul import tf32_is_allowed
+
+
+def head(before: list[str], of_map: str, after: list[str]) -> str:
+    """The kernel's operands: a mask between those that are always there, if memory holds one, then its map."""
+    mask = f'(["MASKS"] if MASK and not COMPUTED else []) + (["{of_map}"] if MASK == 3 else [])'
+    return "\n{{def_kernel(*(" + f"{before} + {mask} + {after}" + "))}}\n"
+
 
 ROWS = r"""
     KEY_HEADS = {{size("K", 1)}}
@@ -61,7 +69,11 @@ ROWS = r"""
 {% else %}
     tiles = 0
 {% endif %}
-{% if MASK %}
+{% if COMPUTED %}
+    captured = {{computed_mask()}}
+    mask_base = (captured, idx_b, idx_h, tl.minimum(idx_m, {{size("Q", 2)}} - 1))
+    mask_and_rows = (mask_base, 0, idx_m, exists, tiles)
+{% elif MASK %}
     mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + idx_h * ({{stride("MASKS", 1)}})
     mask_base += idx_m * ({{stride("MASKS", 2)}})
     mask_and_rows = (mask_base, {{stride("MASKS", 3)}}, idx_m, exists, tiles)
@@ -79,22 +91,16 @@ ROWS = r"""
 
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE, BLOCK_REST)
-    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION, GRANULES)
+    SCORES: tl.constexpr = (
+        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}}, SCALE_FIRST
+    )
     CHUNKS: tl.constexpr = (NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
     q = attention.load_query(q_base, idx_m, {{stride("Q", 2)}}, {{stride("Q", 3)}}, exists, SHAPE)
 """
 
 WHOLE = (
-    r"""
-{% if MASK == 3 %}
-{{def_kernel("Q", "K", "V", "MASKS", "TILES", "LSE")}}
-{% elif MASK %}
-{{def_kernel("Q", "K", "V", "MASKS", "LSE")}}
-{% else %}
-{{def_kernel("Q", "K", "V", "LSE")}}
-{% endif %}
-"""
+    head(["Q", "K", "V"], "TILES", ["LSE"])
     + ROWS
     + _CONSTANTS
     + r"""
@@ -108,15 +114,7 @@ WHOLE = (
 )
 
 ONE_CHUNK = (
-    r"""
-{% if MASK == 3 %}
-{{def_kernel("Q", "K", "V", "MASKS", "TILES", "MAXIMA", "SUMS")}}
-{% elif MASK %}
-{{def_kernel("Q", "K", "V", "MASKS", "MAXIMA", "SUMS")}}
-{% else %}
-{{def_kernel("Q", "K", "V", "MAXIMA", "SUMS")}}
-{% endif %}
-"""
+    head(["Q", "K", "V"], "TILES", ["MAXIMA", "SUMS"])
     + ROWS
     + _CONSTANTS
     + r"""
@@ -169,7 +167,7 @@ def attention_grid(
     return (pairs * cdiv(rows, meta["BLOCK_M"]), chunks, 1)
 
 
-class AttentionKernel(TemplateKernel):
+class AttentionKernel(ComputingKernel):
     """A template kernel that may call ``runtime/attention.py``."""
 
     @classmethod
@@ -285,7 +283,8 @@ def attention(
     key_heads, keys = key.get_size()[1:3]
     mask = None if mask is None else expand(mask, [batch, heads, queries, keys])
     tiles = None if tiles is None else expand(tiles, [batch, key_heads, *tiles.get_size()[2:]])
-    operands = [x for x in (query, key, value, mask, tiles) if x is not None]
+    function = None if mask is None else computed(mask)
+    operands = [x for x in (query, key, value, mask if function is None else None, tiles) if x is not None]
     head_dim, value_dim = (V.graph.sizevars.guard_int(x.get_size()[-1]) for x in (query, value))
     dtype, device = query.get_dtype(), query.get_device()
     form = contract.attention_form(head_dim, value_dim, dtype, tf32=tf32_is_allowed())
@@ -315,12 +314,12 @@ def attention(
 
     def states(chunks: Any, schedule: Schedule) -> list[ir.TensorBox]:
         """acc, m and sums of every chunk, each by a program of its own."""
-        constants = _constants(form, schedule, head_dim, value_dim, kind, is_causal, scale)
+        constants = _constants(form, schedule, head_dim, value_dim, kind, function, is_causal, scale)
         stored = [_empty([chunks, *rows], device) for _ in range(2)]
         partial = ir.FixedLayout(device, torch.float32, [chunks, *rows, value_dim])
         grid = [pairs, per_pair, chunks]
         return [
-            _call(chunk_template, [*operands, *stored], stored, partial, grid, schedule, constants),
+            _call(chunk_template, [*operands, *stored], stored, partial, grid, schedule, constants, function),
             *stored,
         ]
 
@@ -330,9 +329,10 @@ def attention(
         return _call(fold_template, inputs, [logsumexp], layout, grid, one_warp, fold), logsumexp
     # 1 at run time if there turn out to be few rows: then the first of three kernels has no program, else the others.
     few = 0 if is_causal else _are_few(per_pair, pairs, keys, value_dim, form)
-    constants = _constants(form, schedule, head_dim, value_dim, kind, is_causal, scale)
+    constants = _constants(form, schedule, head_dim, value_dim, kind, function, is_causal, scale)
     grid = [pairs, per_pair * (1 - few), 1]
-    out = _call(whole_template, [*operands, logsumexp], [logsumexp], layout, grid, schedule, constants)
+    inputs = [*operands, logsumexp]
+    out = _call(whole_template, inputs, [logsumexp], layout, grid, schedule, constants, function)
     if few != 0:
         short = dataclasses.replace(schedule_for(FEW_ROWS, *sizes), split=True)
         inputs = [*states(chunk_total(keys, form) * few, short), logsumexp, out]
@@ -378,6 +378,7 @@ def _constants(
     head_dim: int,
     value_dim: int,
     kind: int,
+    function: Computed | None,
     is_causal: bool,
     scale: float,
 ) -> dict[str, Any]:
@@ -391,6 +392,7 @@ def _constants(
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
         "MASK": kind,
+        "COMPUTED": function is not None,
         "SCALE": scale,
         "SCALE_FIRST": kind == 2 or not (0 < scale < math.inf),
         **granules_of(schedule.block_m),
@@ -411,6 +413,7 @@ def _call(
     grid: list[Any],
     schedule: Schedule,
     constants: dict[str, Any],
+    function: Computed | None = None,
 ) -> ir.TensorBox:
     return emit(
         template,
@@ -420,5 +423,6 @@ def _call(
         num_stages=schedule.num_stages,
         mutated_inputs=[realized(x) for x in mutated],
         call_sizes=grid,
+        subgraphs=None if function is None else [function],
         **constants,
     )

@@ -20,11 +20,13 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
 
 from bi_inductor import contract
-from bi_inductor.templates.emission import Template, TemplateKernel, emit, realized
+from bi_inductor.templates.computed import Computed, ComputingKernel, computed
+from bi_inductor.templates.emission import Template, emit, realized
 from bi_inductor.templates.triton_attention import (
     ROWS,
     attention_grid,
     granules_of,
+    head,
     mask_kind,
     padded,
     static_size,
@@ -33,20 +35,14 @@ from bi_inductor.templates.triton_matmul import tf32_is_allowed
 
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
-    SCORES: tl.constexpr = (CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES)
+    SCORES: tl.constexpr = (
+        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}}
+    )
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
 """
 
 QUERY_GRADIENTS = (
-    r"""
-{% if MASK == 3 %}
-{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS", "TILES")}}
-{% elif MASK %}
-{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS")}}
-{% else %}
-{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA")}}
-{% endif %}
-"""
+    head(["Q", "K", "V", "G", "LSE", "DELTA"], "TILES", [])
     + ROWS
     + _CONSTANTS
     + r"""
@@ -69,14 +65,8 @@ QUERY_GRADIENTS = (
 )
 
 KEY_GRADIENTS = (
-    r"""
-{% if MASK == 3 %}
-{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS", "SPANS", "DV_OUT")}}
-{% elif MASK %}
-{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "MASKS", "DV_OUT")}}
-{% else %}
-{{def_kernel("Q", "K", "V", "G", "LSE", "DELTA", "DV_OUT")}}
-{% endif %}
+    head(["Q", "K", "V", "G", "LSE", "DELTA"], "SPANS", ["DV_OUT"])
+    + r"""
     KEY_HEADS = {{size("K", 1)}}
     KEYS = {{size("K", 2)}}
     QUERIES = {{size("Q", 2)}}
@@ -102,12 +92,16 @@ KEY_GRADIENTS = (
     q_rows = (q_base, {{stride("Q", 1)}}, {{stride("Q", 2)}}, {{stride("Q", 3)}})
     g_rows = (g_base, {{stride("G", 1)}}, {{stride("G", 2)}}, {{stride("G", 3)}})
     queries = (q_rows, g_rows, LSE + first_row, DELTA + first_row)
-{% if MASK %}
+{% if COMPUTED %}
+    captured = {{computed_mask()}}
+    mask_base = (captured, idx_b, first_head)
+    mask_and_keys = (mask_base, (0, 0, 0), idx_n, exists, KEYS)
+{% elif MASK %}
     mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + first_head * ({{stride("MASKS", 1)}})
     mask_strides = ({{stride("MASKS", 1)}}, {{stride("MASKS", 2)}}, {{stride("MASKS", 3)}})
-    mask_and_keys = (mask_base, mask_strides, idx_n, exists)
+    mask_and_keys = (mask_base, mask_strides, idx_n, exists, KEYS)
 {% else %}
-    mask_and_keys = (0, (0, 0, 0), idx_n, exists)
+    mask_and_keys = (0, (0, 0, 0), idx_n, exists, KEYS)
 {% endif %}
 {% if MASK == 3 %}
     spans_base = SPANS + idx_b * ({{stride("SPANS", 0)}}) + key_head * ({{stride("SPANS", 1)}})
@@ -115,7 +109,7 @@ KEY_GRADIENTS = (
         spans_base, {{stride("SPANS", 2)}}, {{stride("SPANS", 3)}}, key_tile * BLOCK_N, KEYS, GRANULE, BLOCK_N
     )
 {% else %}
-    span = (0, QUERIES)
+    span = (0, QUERIES, 0, QUERIES)
 {% endif %}
 """
     + _CONSTANTS
@@ -142,7 +136,7 @@ def key_grid(
     return (pairs * cdiv(keys, meta["BLOCK_N"]), 1, 1)
 
 
-class AttentionBackwardKernel(TemplateKernel):
+class AttentionBackwardKernel(ComputingKernel):
     """A template kernel that may call ``runtime/attention_backward.py``."""
 
     @classmethod
@@ -247,10 +241,12 @@ def attention_backward(
     form = contract.attention_form(head_dim, value_dim, dtype)
     if form is None or schedule.block_n != form.tile:  # the map is of other tiles
         tiles = spans = None
-    constants = _constants(head_dim, value_dim, dtype, mask_kind(mask, tiles), is_causal, scale)
+    mask = None if mask is None else expand(mask, [batch, heads, queries, keys])
+    function = None if mask is None else computed(mask)
+    constants = _constants(head_dim, value_dim, dtype, mask_kind(mask, tiles), function, is_causal, scale)
     statistics = [ir.ExternKernel.require_contiguous(realized(x)) for x in (logsumexp, delta)]
     operands = [realized(x) for x in (query, key, value, grad)] + statistics
-    operands += [] if mask is None else [realized(expand(mask, [batch, heads, queries, keys]))]
+    operands += [] if mask is None or function is not None else [realized(mask)]
     maps = [] if tiles is None or spans is None else [tiles, spans]
     tile_maps = [realized(expand(x, [batch, key_heads, *x.get_size()[2:]])) for x in maps]
     dq = _call(
@@ -260,6 +256,7 @@ def attention_backward(
         [pairs, rows, 1],
         schedule,
         constants,
+        function,
     )
     stored = empty([batch, keys, key_heads, value_dim], dtype=dtype, device=device)
     dk = _call(
@@ -269,6 +266,7 @@ def attention_backward(
         [pairs, keys],
         key_schedule_for(static_size(keys), width, dtype.itemsize),
         constants,
+        function,
         mutated_inputs=[realized(stored)],
     )
     return dq, dk, permute(stored, [0, 2, 1, 3])
@@ -285,6 +283,7 @@ def _constants(
     value_dim: int,
     dtype: torch.dtype,
     kind: int,
+    function: Computed | None,
     is_causal: bool,
     scale: float,
 ) -> dict[str, Any]:
@@ -296,6 +295,7 @@ def _constants(
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
         "MASK": kind,
+        "COMPUTED": function is not None,
         "SCALE": scale,
         "INPUT_PRECISION": "'tf32'" if is_tf32 else "'ieee'",
     }
@@ -308,6 +308,7 @@ def _call(
     grid: list[Any],
     schedule: Schedule,
     constants: dict[str, Any],
+    function: Computed | None,
     **arguments: Any,
 ) -> ir.TensorBox:
     return emit(
@@ -317,11 +318,12 @@ def _call(
         num_warps=schedule.num_warps,
         num_stages=max(schedule.full_stages, schedule.edge_stages),
         call_sizes=grid,
+        subgraphs=None if function is None else [function],
         BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
         **granules_of(schedule.block_m),
         FULL_STAGES=schedule.full_stages,
-        EDGE_STAGES=schedule.full_stages if constants["MASK"] else schedule.edge_stages,
+        EDGE_STAGES=schedule.full_stages if constants["MASK"] in (1, 2) else schedule.edge_stages,
         **constants,
         **arguments,
     )

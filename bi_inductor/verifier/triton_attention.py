@@ -13,14 +13,17 @@ from ..attention_tiles import GRANULE
 from . import triton_attention_backward as backward
 from .lengths import Forms, Names, Values, is_constant
 from .syntax import KernelSyntax, assigned, dotted
+from .triton_computed import NAME
 
 #: A size or a stride: arithmetic on integers and arguments of the kernel.
-_SIZE = r"[\w\s()*+/-]+"
+_SIZE = r"[\w\s()*+/<>=-]+"
 _CORES = {
     "all_chunks": "q, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, CHUNKS, STAGES",
     "one_chunk": "q, k_and_v, mask_and_rows, low, full, high, KEYS, SHAPE, SCORES, STAGES",
     "fold_chunks": "PARTIAL, MAXIMA, SUMS, row, ROWS, CHUNK_TOTAL, DV, BLOCK_DV",
 }
+#: The function that computes a mask (``triton_computed.py``), where there is one.
+FUNCTIONS = ("0", NAME)
 _BORDERS = "NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK"
 #: What a name that reaches a sum may be bound to, ``#`` for a size.
 _BOUND = {
@@ -40,7 +43,7 @@ _BOUND = {
     "v_base": ["V + idx_b * (#) + key_head * (#)"],
     "q": ["attention.load_query(q_base, idx_m, #, #, exists, SHAPE)"],
     "k_and_v": ["(k_base, #, #, v_base, #, #)"],
-    "mask_base": ["MASKS + idx_b * (#) + idx_h * (#)"],
+    "mask_base": ["MASKS + idx_b * (#) + idx_h * (#)", "(captured, idx_b, idx_h, tl.minimum(idx_m, # - 1))"],
     "mask_and_rows": ["(mask_base, #, idx_m, exists, tiles)", "(0, 0, idx_m, exists, tiles)"],
     "first_position": ["tile * BLOCK_M // GROUP"],
     "last_position": ["(tl.minimum(tile * BLOCK_M + BLOCK_M, ROWS) - 1) // GROUP"],
@@ -50,7 +53,9 @@ _BOUND = {
     "tiles_base": ["TILES + idx_b * (#) + key_head * (#)"],
     "granules": ["(first_position // GRANULE, last_position // GRANULE)"],
     "tiles": ["(tiles_base, #, #, granules[0], granules[1])", "0"],
-    "SCORES": ["(CAUSAL, MASK, SCALE, SCALE_FIRST, INPUT_PRECISION, GRANULES)"],
+    "SCORES": [
+        f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {f}, SCALE_FIRST)" for f in FUNCTIONS
+    ],
     "CHUNKS": [f"({_BORDERS})"],
     "STAGES": ["(FULL_STAGES, EDGE_STAGES)"],
     "idx_c": ["tl.program_id(1).to(INDEX_DTYPE)"],

@@ -5,6 +5,8 @@ Bindings as in ``triton_attention.py``, which reads both kinds of kernels.
 
 from __future__ import annotations
 
+from .triton_computed import NAME
+
 CORES = {
     "query_gradients": "q, g, statistics, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, STAGES",
     "key_gradients": (
@@ -37,15 +39,19 @@ BOUND = {
     "q_rows": ["(q_base, #, #, #)"],
     "g_rows": ["(g_base, #, #, #)"],
     "queries": ["(q_rows, g_rows, LSE + first_row, DELTA + first_row)"],
-    "mask_base": ["MASKS + idx_b * (#) + first_head * (#)"],
+    "mask_base": ["MASKS + idx_b * (#) + first_head * (#)", "(captured, idx_b, first_head)"],
     "mask_strides": ["(#, #, #)"],
-    "mask_and_keys": ["(mask_base, mask_strides, idx_n, exists)", "(0, (0, 0, 0), idx_n, exists)"],
+    "mask_and_keys": [
+        "(mask_base, mask_strides, idx_n, exists, KEYS)",
+        "(mask_base, (0, 0, 0), idx_n, exists, KEYS)",
+        "(0, (0, 0, 0), idx_n, exists, KEYS)",
+    ],
     "SHAPE": ["(BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)"],
-    "SCORES": ["(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES)"],
+    "SCORES": [f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {f})" for f in ("0", NAME)],
     "spans_base": ["SPANS + idx_b * (#) + key_head * (#)"],
     "span": [
         f"{_ROOM}.span_of(spans_base, #, #, key_tile * BLOCK_N, KEYS, GRANULE, BLOCK_N)",
-        "(0, QUERIES)",
+        "(0, QUERIES, 0, QUERIES)",
     ],
     "acc": [f"{_ROOM}.query_gradients({CORES['query_gradients']})"],
     "dk": [f"{_ROOM}.key_gradients({CORES['key_gradients']})"],

@@ -11,6 +11,7 @@ from .syntax import KernelSyntax, assigned, carried, dotted
 from .triton_attention import CALLS as ATTENTION_CALLS
 from .triton_attention import AttentionProgram
 from .triton_attention_backward import CALLS as ATTENTION_BACKWARD_CALLS
+from .triton_computed import ComputedMask
 from .triton_copies import CALLS as COPY_CALLS
 from .triton_copies import ManyCopies
 from .triton_grouped import GroupedProduct
@@ -78,9 +79,10 @@ _RESERVED = frozenset({owner.split(".")[0] for owner in (*CALLS, *ELEMENTWISE)} 
 _STATEMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.For, ast.Pass)
 _FORBIDDEN = (ast.Lambda, ast.comprehension, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.Starred)
 #: How the reduced axis is walked: every name has one meaning.
+_ARANGE = r"tl\.arange\(0, R0_BLOCK\)\[(?:None, )*:\](?:\.to\(tl\.int64\))?"
 _AXIS = {
-    "r0_base": re.compile(r"tl\.arange\(0, R0_BLOCK\)\[(?:None, )*:\]"),
-    "r0_index": re.compile(r"r0_offset \+ r0_base|tl\.arange\(0, R0_BLOCK\)\[(?:None, )*:\]"),
+    "r0_base": re.compile(_ARANGE),
+    "r0_index": re.compile(rf"r0_offset \+ r0_base|{_ARANGE}"),
     "r0_offset": re.compile(r"0"),
     "r0_mask": re.compile(
         r"r0_index < r0_numel|tl\.full\(\[R0_BLOCK\], True, tl\.int1\)(?:\[(?:None, )*:\])?"
@@ -113,6 +115,7 @@ class TritonKernel(KernelSyntax):
         self.flags: dict[str, ast.Constant] = {}
         self.sums, self.attention = OrderedSums(self), AttentionProgram(self)
         self.product, self.copies = _product_of(self), ManyCopies(self)
+        self.computed = ComputedMask(self)
 
     def check(self) -> None:
         """Everything but lengths, which need the wrapper and the forms."""
@@ -133,6 +136,7 @@ class TritonKernel(KernelSyntax):
             self.product.check()
         if self.attention.calls:
             self.attention.check()
+        self.computed.check(ELEMENTWISE)
         if self.copies.is_meant:
             self.copies.check()
 
@@ -153,7 +157,7 @@ class TritonKernel(KernelSyntax):
             elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 if not self.line(node).startswith("triton_helpers.set_driver_to_"):
                     self.note("statement", node)
-            elif node is not self.function:
+            elif node is not self.function and node is not self.computed.function:
                 self.note("statement", node)
         if self.function is None:
             self.report.add("statement", 1, "no function")
@@ -236,7 +240,7 @@ class TritonKernel(KernelSyntax):
         line = self.line(statement)
         if line.startswith(f"{name} = ordered.push_"):  # the rules for sums look at the rest of it
             return True
-        match = re.fullmatch(rf"{name} = tl\.where\([^,]+, (\w+), {name}\)", line)
-        updated = self.text_of(match[1]) if match else ""
+        match = re.fullmatch(rf"{name} = (?:tl\.where\([^,]+, (\w+), {name}\)|(\w+))", line)
+        updated = self.text_of(match[1] or match[2]) if match else ""
         carried_name = name.removesuffix("_index")
         return bool(re.fullmatch(_EXACT_STEP.format(name=carried_name), updated, re.DOTALL))

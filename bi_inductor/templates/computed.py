@@ -1,0 +1,161 @@
+"""A tensor that no memory holds: the kernel that needs an element computes it, by a function in the kernel's own file.
+
+A mask made of positions (causal, windows, documents, ALiBi) is a few operations on four indices; in memory it has as
+many elements as there are scores. Lowering such a mask gives a pointwise node that nothing has realized: its operations
+are written out here as a Triton function of the indices and of what they read, and a template calls it for tiles.
+The operations are those of the node, rounded as in a kernel of its own, so a mask has the same bits either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import dependencies, ir
+from torch._inductor.codegen.triton import TritonScheduling
+from torch._inductor.loop_body import LoopBody
+from torch._inductor.utils import sympy_index_symbol
+from torch._inductor.virtualized import V
+
+from bi_inductor.templates.emission import TemplateKernel
+
+#: The function that a kernel's file defines, its parameters, and where what it reads is found.
+FUNCTION = "computed_mask"
+INDICES = ("idx_b", "idx_h", "idx_m", "idx_n")
+CAPTURED = "captured"
+#: Operations that belong to a place in a kernel of their own.
+_NOT_HERE = frozenset(
+    "bucketize frexp halide_clamp inline_asm_elementwise load_seed masked_scatter_with_index rand randint64 randn "
+    "reduction scan sort store store_reduction welford_reduce".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """An element from its four indices: the operations, and what they read."""
+
+    body: LoopBody
+    read_writes: dependencies.ReadWrites
+
+    def get_read_writes(self) -> dependencies.ReadWrites:
+        """What decides about the width of addresses (torch 2.14)."""
+        return self.read_writes
+
+
+def computed(x: ir.TensorBox) -> Computed | None:
+    """What computes an element of ``x`` (four dims), or None where memory holds it, or should.
+
+    It should where the operations read more elements than ``x`` has (an expanded dim counts once), or draw numbers.
+    """
+    node, count = _unrealized(x)
+    if node is None:
+        return None
+    loader, size = x.make_loader(), x.get_size()
+    read_writes = dependencies.extract_read_writes(loader, size)
+    (indices,), ranges = dependencies.index_vars_no_squeeze(size, prefix="d")
+    body = LoopBody(loader, [indices], ranges, indices, [])
+    if not _NOT_HERE.isdisjoint(body.op_counts):
+        return None
+    buffers = [V.graph.try_get_buffer(dep.name) for dep in read_writes.reads]
+    if not all(isinstance(b, ir.IRNode) and b.get_device() == x.get_device() for b in buffers):
+        return None
+    hints = V.graph.sizevars.optimization_hints([count, *(b.get_numel() for b in buffers)])  # type: ignore[union-attr]
+    if sum(hints[1:]) > hints[0] or not TritonScheduling.can_use_32bit_indexing(sympy.S.One, buffers):
+        return None
+    return Computed(body, read_writes)
+
+
+def _unrealized(x: ir.TensorBox) -> tuple[ir.Pointwise | None, Any]:
+    """The pointwise node behind views, if nothing has realized it, and how many elements it has."""
+    node: Any = x
+    while isinstance(node, (ir.MutableBox, ir.BaseView)):
+        node = node.data
+    return (node, sympy.prod(node.get_size())) if isinstance(node, ir.Pointwise) else (None, 0)
+
+
+class _Elements(V.WrapperHandler):  # type: ignore[name-defined,misc]
+    """Writes operations as lines of the function; remembers which arguments of the kernel they need."""
+
+    def __init__(self, kernel: TemplateKernel) -> None:
+        super().__init__(V.get_ops_handler())
+        self.kernel = kernel
+        self.needed: dict[str, None] = {}
+
+    def load(self, name: str, index: sympy.Expr) -> Any:
+        pointer = self.kernel.args.input(name)
+        self.needed[pointer] = None
+        dtype = V.graph.get_dtype(name)
+        at = f"{pointer} + ({self._printed(index)})"
+        mask = self.kernel._load_mask
+        line = f"tl.load({at}, {mask}, other=0)" if mask else f"tl.load({at})"
+        if dtype == torch.bool:
+            line += ".to(tl.int1)"
+        elif dtype in (torch.float16, torch.bfloat16):
+            line, dtype = f"{line}.to(tl.float32)", torch.float32
+        return self._generated(line, dtype)
+
+    def index_expr(self, expression: sympy.Expr, dtype: torch.dtype) -> Any:
+        """In the dtype of indices, as Inductor's kernels have them; floats are of the dtype that is asked for."""
+        found = self._generated(f"({self._printed(expression)})", torch.int64)
+        return self.to_dtype(found, dtype) if dtype.is_floating_point else found
+
+    def indirect_indexing(
+        self, index: Any, size: Any, check: bool = True, wrap_neg: bool = True
+    ) -> sympy.Symbol:
+        if wrap_neg:
+            length = self._printed(sympy.sympify(size))
+            index = self._generated(f"tl.where({index} < 0, {index} + ({length}), {index})", torch.int64)
+        return sympy_index_symbol(str(index))
+
+    def check_bounds(self, index: sympy.Expr, size: sympy.Expr, lower: bool, upper: bool) -> None:
+        mask = self.kernel._load_mask
+        place = self._printed(index)
+        tests = ([f"({place} >= 0)"] if lower else []) + (
+            [f"({place} < {self._printed(size)})"] if upper else []
+        )
+        inside = " & ".join(tests) + (f" | ~({mask})" if mask else "")
+        if tests:
+            self.kernel.compute.writeline(f'tl.device_assert({inside}, "index out of bounds: {place}")')
+
+    def _generated(self, line: str, dtype: torch.dtype) -> Any:
+        return self.kernel.cse.generate(self.kernel.compute, line, dtype=dtype, shape=())
+
+    def _printed(self, expression: sympy.Expr) -> str:
+        renamed = self.kernel.rename_indexing(expression)
+        sizes = set(self.kernel.args.sizevars.values())
+        self.needed.update(
+            dict.fromkeys(str(s) for s in sorted(renamed.free_symbols, key=str) if str(s) in sizes)
+        )
+        return self.kernel.kexpr(renamed)  # type: ignore[no-any-return]
+
+
+class ComputingKernel(TemplateKernel):
+    """A template kernel whose source may say ``{{computed_mask()}}``: the arguments that its function is called with."""
+
+    _function = ""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._register_extra_template_env_fns(self.computed_mask)
+
+    def computed_mask(self) -> str:
+        """A tuple of the kernel's arguments, in the order in which the function unpacks it."""
+        (what,) = self.subgraphs
+        with self.create_subgraph_body("<COMPUTED_MASK>"):
+            handler = _Elements(self)
+            with V.set_ops_handler(handler):
+                result = what.body([sympy_index_symbol(name) for name in INDICES])
+            self.codegen_body()
+            lines = [line for line in self.body.getvalue().splitlines() if line.strip()]
+            self.cse.invalidate(set())
+        needed = [f"{name} = {CAPTURED}[{place}]" for place, name in enumerate(handler.needed)]
+        head = f"@triton.jit\ndef {FUNCTION}({', '.join((*INDICES, CAPTURED))}):"
+        self._function = "\n    ".join((head, *needed, *lines, f"return {result}")) + "\n\n\n"
+        return f"({', '.join(handler.needed)}{',' if handler.needed else ''})"
+
+    def jit_lines(self) -> str:
+        """The function stands before the kernel and its decorators."""
+        return self._function + textwrap.dedent(super().jit_lines())

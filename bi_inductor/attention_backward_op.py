@@ -10,7 +10,7 @@
 
 ``t``: the scores, computed again. ``round``: to the inputs' dtype. ``delta``: fp32, the sum of grad times the output,
 minus the gradient of the logsumexp in nats. For dk and dv the queries of a group's heads are one chain, head after
-head. ``tiles`` and ``spans``: None, or ``tile_map`` and ``query_spans`` of a mask of bools (``attention_tiles.py``);
+head. ``tiles`` and ``spans``: None, or ``attention_map`` and ``query_spans`` of a mask of bools (``attention_tiles.py``);
 they change no bit. ``composite`` says it in plain ops, with all scores in memory; kernels have its bits for finite
 inputs.
 """

@@ -4,7 +4,7 @@
         -> output [B, H, L, Dv], logsumexp [B, H, L]
 
 ``mask``: None, or bool (true: visible) or float (added to the scaled scores), [B, H, L, S], of which B and H may be 1.
-``tiles``: None, or for a mask of bools its ``attention_tiles.tile_map``, which saves time and changes no bit.
+``tiles``: None, or for a mask of bools its ``attention_tiles.attention_map``, which saves time and changes no bit.
 ``logsumexp``: fp32, log2 of the sum of exp2 of the scores in log2 units; -inf where no key is visible, and the
 output's row is 0 there. H is a multiple of Hk. Causal means key <= query, counted from the first of each.
 """

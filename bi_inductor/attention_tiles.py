@@ -6,6 +6,7 @@ what is said here saves time and changes no bit. It is read off the mask itself,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,44 +14,78 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from .ops import _LIBRARY
+
 #: Queries that share a word of the map; keys that share a span.
 GRANULE = 16
 #: Tiles of keys in a word: its bits.
 WORD = 32
 
 
-def tile_map(visible: Tensor, groups: int, tile: int) -> Tensor:
-    """``visible [b, h, L, S]`` (bool; b and h may be 1 for all) -> int32 [b, 1 or ``groups``, granules, 2 * words].
+_LIBRARY.define("attention_map(Tensor visible, int groups, int tile) -> Tensor")
+attention_map = torch.ops.bi_inductor.attention_map.default
+"""``attention_map(visible [b, h, L, S], groups, tile)``, b and h of a mask of bools may be 1 for all ->
+int32 [b, 1 or ``groups``, granules, 2 * words + 4].
 
-    For each 16 queries and each 32 tiles of ``tile`` keys two words: bit t of the first says that a query, of any head
-    of its group, sees a key of tile t, and of the second that one does not see all of them, of those that exist.
-    """
+For each 16 queries and each 32 tiles of ``tile`` keys two words: bit t of the first says that a query, of any head of
+its group, sees a key of tile t, and of the second that one does not see all of them, of those that exist. Then the first
+tile of which something is seen and the one after the last ((32 * words, 0) if there is none); and the same of tiles
+whose ``tile`` keys all see all of, if no other is between them.
+"""
+
+
+def map_size(
+    visible: Any, groups: int, tile: int, rounded_up: Callable[[Any, int], Any] = lambda a, b: -(-a // b)
+) -> list[Any]:
+    """The sizes of the map of a mask of sizes ``visible``; ``rounded_up(a, b)``: a / b."""
+    batch, heads, queries, keys = visible
+    group_count = 1 if heads == 1 else groups
+    return [batch, group_count, rounded_up(queries, GRANULE), rounded_up(keys, WORD * tile) * 2 + 4]
+
+
+@torch.library.impl(_LIBRARY, "attention_map", "CompositeExplicitAutograd")
+def _map_eager(visible: Tensor, groups: int, tile: int) -> Tensor:
+    """Reference: the same in plain torch."""
     batch, heads, queries, keys = visible.shape
-    words = -(-keys // (WORD * tile))
-    granules = -(-queries // GRANULE)
+    *_, granules, width = shape = map_size(visible.shape, groups, tile)
+    words = (width - 4) // 2
     padding = (0, words * WORD * tile - keys, 0, granules * GRANULE - queries)
-    group = (1, 1) if heads == 1 else (groups, heads // groups)
-    size = (batch, *group, granules, GRANULE, words, WORD, tile)
-    # How many pairs of a tile see each other, and how many there are: one pass over the mask.
-    counts = F.pad(visible, padding, value=False).reshape(size).sum((2, 4, 7), dtype=torch.int32)
-    rows, columns = (
-        torch.where(left < size, left, size)
-        for left, size in (
-            (queries - torch.arange(granules, device=visible.device) * GRANULE, GRANULE),
-            (keys - torch.arange(words * WORD, device=visible.device) * tile, tile),
-        )
-    )
-    pairs = (rows[:, None] * columns * group[1]).reshape(granules, words, WORD)
-    bits = torch.stack([counts > 0, counts < pairs], -2).long() << torch.arange(WORD, device=visible.device)
-    return bits.sum(-1).to(torch.int32).reshape(batch, group[0], granules, 2 * words)
+    size = (batch, shape[1], heads // shape[1], granules, GRANULE, words * WORD, tile)
+    counts = F.pad(visible, padding, value=False).reshape(size).sum((2, 4, 6), dtype=torch.int32)
+    places = torch.arange(words * WORD, device=visible.device)
+    rows = (queries - torch.arange(granules, device=visible.device)[:, None] * GRANULE).clamp(max=GRANULE)
+    pairs = rows * (keys - places * tile).clamp(0, tile) * (heads // shape[1])
+    seen, whole = counts > 0, (counts == pairs) & ((places + 1) * tile <= keys)
+    bits = torch.stack([seen, counts < pairs], -2).unflatten(-1, (words, WORD)).long() << places[:WORD]
+    ends = [seen, whole]
+    first, start = (torch.where(x, places, words * WORD).amin(-1) for x in ends)
+    last, end = (torch.where(x, places + 1, 0).amax(-1) for x in ends)
+    end = torch.where(whole.sum(-1) == end - start, end, 0)
+    spans = torch.stack([first, last, start, end], -1)
+    return torch.cat([bits.sum(-1).transpose(-1, -2).flatten(-2), spans], -1).to(torch.int32)
+
+
+@torch.library.register_fake("bi_inductor::attention_map", lib=_LIBRARY)
+def _map_fake(visible: Tensor, groups: int, tile: int) -> Tensor:
+    return visible.new_empty(map_size(visible.shape, groups, tile), dtype=torch.int32)
+
+
+@torch.library.register_vmap("bi_inductor::attention_map", lib=_LIBRARY)
+def _map_vmap(
+    info: Any, in_dims: tuple[int | None, ...], visible: Tensor, *options: int
+) -> tuple[Tensor, int]:
+    """The mapped dim becomes part of the batch."""
+    flat = visible.movedim(in_dims[0], 0).flatten(0, 1)  # type: ignore[arg-type]
+    return attention_map(flat, *options).unflatten(0, (info.batch_size, -1)), 0
 
 
 def maps_of(node: Node) -> tuple[Any, ...]:
     """The operands of a call of attention, or of its gradients, that are maps of tiles, and so reach no bit."""
-    name = str(node.target)
-    if not name.startswith("bi_inductor.attention"):
-        return ()
-    return node.args[9 if "backward" in name else 6 :]
+    first = _FIRST_MAP.get(str(node.target))
+    return () if first is None else node.args[first:]
+
+
+_FIRST_MAP = {"bi_inductor.attention.default": 6, "bi_inductor.attention_backward.default": 9}
 
 
 def query_spans(visible: Tensor, groups: int) -> Tensor:

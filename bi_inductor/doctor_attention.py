@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bi_inductor import attention_op, contract, doctor
-from bi_inductor.attention_tiles import tile_map
+from bi_inductor.attention_tiles import attention_map
 from bi_inductor.doctor import Result
 from bi_inductor.measurement_attention import AttentionRun
 from bi_inductor.templates import triton_attention
@@ -188,7 +188,7 @@ def _masked(kind: Kind, query: Tensor, key: Tensor, value: Tensor) -> list[Case]
     longer = [torch.cat([x, x[:, :, :_HIDDEN] + 1], 2) for x in (key, value)]
     added = torch.zeros(size, dtype=query.dtype, device=query.device).masked_fill(~visible, -math.inf)
     longer_key, longer_value = longer
-    tiles = tile_map(visible, HEADS, kind.form.tile)
+    tiles = attention_map(visible, HEADS, kind.form.tile)
     last = query.expand(-1, -1, key.shape[2], -1)
     return [
         Case(query, key, value, None, False),

@@ -340,7 +340,7 @@ def _sort(node: Node) -> Ruling:
     return Ruling(Verdict.INVARIANT)
 
 
-@_special("row_major", "store_rows", "searchsorted", "bucketize")
+@_special("attention_map", "row_major", "store_rows", "searchsorted", "bucketize")
 def _invariant(node: Node) -> Ruling:
     return Ruling(Verdict.INVARIANT)
 

@@ -11,7 +11,7 @@ from devices import compiled
 from bi_inductor import certify, inspect
 from bi_inductor.attention_backward_op import attention_backward
 from bi_inductor.attention_op import attention
-from bi_inductor.attention_tiles import GRANULE, WORD, query_spans, tile_map
+from bi_inductor.attention_tiles import GRANULE, WORD, attention_map, query_spans
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.testing import same_bits
 
@@ -42,14 +42,17 @@ def test_what_the_map_says(heads):
     mask[:, :, :16, 64:100] = True
     mask[1, -1, 16:] = False
     groups, tile = (2, 16) if heads == 4 else (1, 16)
-    tiles, spans = tile_map(mask, 2, tile), query_spans(mask, 2)
-    assert tiles.shape == (2, groups, 3, 4) and spans.shape == (2, groups, 44, 4)
+    tiles, spans = attention_map(mask, 2, tile), query_spans(mask, 2)
+    assert tiles.shape == (2, groups, 3, 8) and spans.shape == (2, groups, 44, 4)
     for b, group in ((b, g) for b in range(2) for g in range(groups)):
         here = mask[b, group * 2 : group * 2 + 2] if heads == 4 else mask[b]
         for granule, key_tile in ((g, t) for g in range(3) for t in range(44)):
             block = here[:, granule * GRANULE :, key_tile * tile :][:, :GRANULE, :tile]
             seen, holes = tiles[b, group, granule, 2 * (key_tile // WORD) :][:2] >> key_tile % WORD & 1
             assert (seen, holes) == (block.any(), not block.all())
+            first, last, whole, until = tiles[b, group, granule, -4:].tolist()
+            assert first <= key_tile < last or not seen
+            assert not whole <= key_tile < until or (seen and not holes and block.shape[-1] == tile)
         for granule, span in enumerate(spans[b, group]):
             block = here[:, :, granule * GRANULE :][:, :, :GRANULE]
             queries = block.any(0).any(-1).nonzero().flatten().tolist()
@@ -67,12 +70,33 @@ def test_spans_of_a_window_are_as_long_as_they_can_be():
         assert not block[:first].any() and not block[last:].any()
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("keys", [700, 4096])
+def test_the_kernel_of_the_map(heads, keys):
+    """It says what the plain ops say, of a mask in memory and of one that it computes."""
+    tile, masks = (
+        64,
+        [torch.rand(1, heads, 37, keys) < 0.01, band(37, keys, 500, 300).expand(1, heads, 37, keys)],
+    )
+    masks[0][..., 200:600] = True
+    for mask in masks:
+        found = run_in_interpreter(lambda mask: attention_map(mask, 2, tile), mask)
+        assert torch.equal(found, attention_map(mask, 2, tile))
+
+    def computing(places):
+        visible = (places - places[:37, None] - 300).abs() < 500
+        return attention_map(visible[None, None], 2, tile)
+
+    found = run_in_interpreter(computing, torch.arange(keys))
+    assert torch.equal(found, attention_map(masks[1][:, :1], 2, tile))
+
+
 @pytest.mark.parametrize("queries", [1, 17], ids=["split", "in sequence"])
 def test_the_map_changes_no_bit(queries):
     """Many tiles are hidden, some in whole chunks, and some hide nothing."""
     inputs = [x[:1] for x in operands(queries, 1100)]
     mask = (band(queries, 1100) | band(queries, 1100, 80, 1000))[None, None]
-    tiles = tile_map(mask, 1, 64)
+    tiles = attention_map(mask, 1, 64)
     found = run_in_interpreter(mapped, *inputs, mask, tiles)
     assert all(map(same_bits, found, run_in_interpreter(unmapped, *inputs, mask)))
 
@@ -81,11 +105,11 @@ def test_kernels_follow_the_map():
     """Teeth: tiles are left out, and masks not read, because the map says so."""
     inputs = operands(1, 600)
     mask = band(1, 600, 80, 300)[None, None]
-    tiles = tile_map(mask, 1, 64)
+    tiles = attention_map(mask, 1, 64)
     found = run_in_interpreter(mapped, *inputs, mask, tiles)
     output, logsumexp = run_in_interpreter(mapped, *inputs, mask, torch.zeros_like(tiles))
     assert not output.any() and (logsumexp == -math.inf).all()
-    tiles[..., 1::2] = 0
+    tiles[..., 1:-4:2] = 0  # no tile hides anything
     assert not same_bits(run_in_interpreter(mapped, *inputs, mask, tiles)[0], found[0])
 
 
@@ -93,7 +117,7 @@ def test_what_hidden_tiles_hold_is_not_met():
     """No query of a program sees these keys: their values may be anything, and keys may wherever they are hidden."""
     inputs = operands(20, 300)
     mask = band(20, 300)[None, None]
-    tiles = tile_map(mask, 1, 64)
+    tiles = attention_map(mask, 1, 64)
     expected = run_in_interpreter(mapped, *inputs, mask, tiles)
     _, key, value = inputs
     hidden = ~mask[0, 0].any(0)
@@ -107,7 +131,7 @@ def test_the_map_changes_no_bit_of_gradients(key_heads):
     inputs = attention_gradients.operands(1, 2, key_heads, 100, 200, 16, 16, torch.bfloat16, "bool")
     mask = band(100, 200)[None, None] & (inputs[4] if key_heads == 2 else True)
     inputs[4] = mask
-    tiles, spans = tile_map(mask, key_heads, 64), query_spans(mask, key_heads)
+    tiles, spans = attention_map(mask, key_heads, 64), query_spans(mask, key_heads)
 
     def backward(*tensors):
         return attention_backward(*tensors[:7], False, 0.3, *tensors[7:])
@@ -148,7 +172,7 @@ def test_the_map_changes_no_bit_on_a_gpu(queries):
             torch.arange(8, device="cuda")[:heads, None, None] * 130 < torch.arange(4000, device="cuda")
         )
         mask = mask[None].contiguous()
-        tiles = tile_map(mask, 2, 64)
+        tiles = attention_map(mask, 2, 64)
         torch._dynamo.reset()
         expected = compiled(unmapped, dynamic=False)(*inputs, mask)
         assert all(map(same_bits, compiled(mapped, dynamic=False)(*inputs, mask, tiles), expected))

@@ -10,9 +10,9 @@ from typing import Any
 @functools.cache
 def table() -> dict[Any, Callable[..., Any]]:
     """Op overload -> lowering. Built on first use, since importing Inductor's lowerings takes a second."""
-    from .. import attention_backward_op, attention_op, ops
+    from .. import attention_backward_op, attention_op, attention_tiles, ops
     from . import gradients, grouped, matmul, quantized, segments
-    from .attention import attention, attention_backward
+    from .attention import attention, attention_backward, attention_map
 
     return {
         **matmul.LOWERINGS,
@@ -21,6 +21,7 @@ def table() -> dict[Any, Callable[..., Any]]:
         **grouped.LOWERINGS,
         attention_op.attention: attention,
         attention_backward_op.attention_backward: attention_backward,
+        attention_tiles.attention_map: attention_map,
         ops.segment_tree: segments.segment_tree,
         ops.block_scan: segments.block_scan,
         ops.row_major: segments.row_major,

@@ -8,6 +8,9 @@ import torch
 from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import full
 from torch._inductor.virtualized import V
+from torch.utils._sympy.functions import CeilDiv
+
+from ..attention_tiles import map_size
 
 
 def attention(
@@ -53,6 +56,17 @@ def attention_backward(
     return triton_attention_backward.attention_backward(
         grad, query, key, value, mask, logsumexp, delta, is_causal, scale, tiles, spans
     )
+
+
+def attention_map(visible: TensorBox, groups: int, tile: int) -> TensorBox:
+    """Shapes and result as in ``attention_tiles.py``."""
+    from ..templates import triton_attention_map
+
+    sizes = visible.get_size()
+    if any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes):
+        shape = map_size(sizes, groups, tile, CeilDiv)
+        return full(shape, 0, dtype=torch.int32, device=visible.get_device())
+    return triton_attention_map.attention_map(visible, groups, tile)
 
 
 def _is_empty(query: TensorBox, key: TensorBox) -> bool:

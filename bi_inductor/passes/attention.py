@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from bi_inductor import contract, traced
 from bi_inductor.attention_op import attention
-from bi_inductor.attention_tiles import tile_map
+from bi_inductor.attention_tiles import attention_map
 from bi_inductor.certificate import source_line
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import bmm_rounding, bmm_wide, composite
@@ -113,7 +113,7 @@ def tiles_of(visible: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tens
     """The map of the tiles of ``visible [B or 1, H or 1, L, S]`` for inputs that have the ATTENTION form."""
     form = contract.attention_form(int(query.shape[-1]), int(value.shape[-1]), query.dtype)
     assert form is not None, "asked for before"
-    return tile_map(visible, int(key.shape[1]), form.tile)
+    return attention_map(visible, int(key.shape[1]), form.tile)
 
 
 def _is_decoding(query: Tensor) -> bool:

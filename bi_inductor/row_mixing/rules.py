@@ -327,6 +327,12 @@ def _attention(step: Step) -> Place:
     )
 
 
+def _map(step: Step) -> Place:
+    """A mask of [batch, heads, length, width]: the map of each batch entry by itself."""
+    rows = step.first
+    return step.mixed("it looks at tiles of rows") if isinstance(rows, Rows) and rows.dim != 0 else rows
+
+
 def _recurrence(step: Step) -> Place:
     """steps [T, B, G] and states [B, S]: each row of B by itself, whatever T."""
     operands = [(step.places[node], len(shape_of(node))) for node in step.node.all_input_nodes]
@@ -384,6 +390,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("index _unsafe_index".split(), _indexed),
     "embedding": _embedding,
     **dict.fromkeys("attention attention_backward".split(), _attention),
+    "attention_map": _map,
     "recurrence": _recurrence,
     "copy_": _copied,
     # New tensors of a given size: what they hold is not from any row.

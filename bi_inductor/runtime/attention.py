@@ -80,6 +80,13 @@ def chunk_count(keys, NEAR_CHUNK: tl.constexpr, NEAR_CHUNKS: tl.constexpr, FAR_C
 
 
 @triton.jit
+def chunk_of(key, NEAR_CHUNK: tl.constexpr, NEAR_CHUNKS: tl.constexpr, FAR_CHUNK: tl.constexpr):
+    """The chunk that has ``key``."""
+    far = tl.maximum(key - NEAR_CHUNK * NEAR_CHUNKS, 0)
+    return tl.minimum(key // NEAR_CHUNK, NEAR_CHUNKS) + far // FAR_CHUNK
+
+
+@triton.jit
 def load_rows(base, rows, columns, stride_row, stride_column, row_mask, LENGTH: tl.constexpr):
     """base[rows, columns] with zeros where ``row_mask`` is false or a column is past LENGTH.
 
@@ -148,7 +155,9 @@ def mask_of(mask_base, stride_mn, keys, key_count, exists, other, SCORES: tl.con
         captured, idx_b, idx_h, positions = mask_base
         FUNCTION: tl.constexpr = SCORES[6]
         values = FUNCTION(idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
-        values = through_reduction(tl.broadcast_to(values, exists.shape))
+        values = tl.broadcast_to(values, exists.shape)
+        if WIDTH:
+            values = through_reduction(values)
     else:
         values = load_mask(mask_base + keys * stride_mn, exists, other, WIDTH)
     return values
@@ -177,25 +186,100 @@ def _either(a, b):
 
 
 @triton.jit
-def tile_words(tiles, first, high, key_count, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
+def map_row(
+    row,
+    captured,
+    idx_b,
+    first_head,
+    first_query,
+    queries,
+    key_count,
+    SCORES: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GRANULE: tl.constexpr,
+):
+    """Writes the row of the map (``attention_tiles.py``) of GRANULE queries of HEADS heads; returns its last tile + 1."""
+    positions = first_query + tl.arange(0, GRANULE)[:, None]
+    rows_exist = positions < queries
+    positions = tl.minimum(positions, queries - 1)
+    word_count = tl.cdiv(tl.cast(key_count, tl.int32), 32 * BLOCK_N)
+    none = word_count * 32
+    # First tile with a visible pair and the one after the last; the same of tiles without a hidden one; their number.
+    first = none
+    last = none * 0
+    start = none
+    end = none * 0
+    count = none * 0
+    for word in tl.range(0, word_count, num_stages=1):
+        seen = none * 0
+        holes = none * 0
+        for place in tl.range(0, 32, 8, num_stages=1):
+            columns = (word * 32 + place) * BLOCK_N + tl.arange(0, 8 * BLOCK_N)[None, :]
+            exists = (columns < key_count) & rows_exist
+            pairs = tl.zeros((GRANULE, 8 * BLOCK_N), tl.int32)
+            for head in tl.range(0, HEADS, num_stages=1):
+                at = (captured, idx_b, first_head + head, positions)
+                given = mask_of(at, 0, columns, key_count, exists, 0, SCORES, 0)
+                pairs = pairs | tl.where(given != 0, 1, 2)
+            pairs = tl.reduce(tl.where(exists, pairs, 0), 0, _either)
+            pairs = tl.reduce(tl.reshape(pairs, [8, BLOCK_N]), 1, _either)
+            bits = place + tl.arange(0, 8)
+            seen = seen | tl.reduce((pairs & 1) << bits, 0, _either)
+            holes = holes | tl.reduce((pairs >> 1) << bits, 0, _either)
+            tiles = word * 32 + bits
+            first = tl.minimum(first, tl.min(tl.where((pairs & 1) != 0, tiles, none), 0))
+            last = tl.maximum(last, tl.max(tl.where((pairs & 1) != 0, tiles + 1, 0), 0))
+            whole = (pairs == 1) & ((tiles + 1) * BLOCK_N <= key_count)
+            start = tl.minimum(start, tl.min(tl.where(whole, tiles, none), 0))
+            end = tl.maximum(end, tl.max(tl.where(whole, tiles + 1, 0), 0))
+            count += tl.sum(whole.to(tl.int32), 0)
+        tl.store(row + 2 * word, seen)
+        tl.store(row + 2 * word + 1, holes)
+    spans = row + 2 * word_count
+    tl.store(spans, first)
+    tl.store(spans + 1, last)
+    tl.store(spans + 2, start)
+    tl.store(spans + 3, tl.where(end - start == count, end, 0))
+    return last
+
+
+@triton.jit
+def map_span(tiles, key_count, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
+    """Four keys: no row of the program sees one before the first, nor from the second; from the third up to the fourth
+    each sees all."""
+    base, stride_granule, stride_word, first_granule, last_granule = tiles
+    granules = first_granule + tl.arange(0, GRANULES)
+    exists = granules <= last_granule
+    at = base + granules * stride_granule + 2 * tl.cdiv(key_count, 32 * BLOCK_N) * stride_word
+    first = tl.min(tl.load(at, mask=exists, other=2147483647), 0)
+    last = tl.max(tl.load(at + stride_word, mask=exists, other=0), 0)
+    start = tl.max(tl.load(at + 2 * stride_word, mask=exists, other=0), 0)
+    until = tl.min(tl.load(at + 3 * stride_word, mask=exists, other=2147483647), 0)
+    return first * BLOCK_N, last * BLOCK_N, start * BLOCK_N, until * BLOCK_N
+
+
+@triton.jit
+def tile_words(tiles, first, high, key_count, is_whole, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
     """(tiles of which every row of the program sees all keys, others of which one sees something): bits of an int64.
 
     Bit 0 is the tile at key ``first``; the last one ends at ``high``, or where its word of the map does. A tile with
-    keys from ``key_count`` is of the second kind.
+    keys from ``key_count`` is of the second kind. ``is_whole``: all are known to be of the first; nothing is read.
     """
     base, stride_granule, stride_word, first_granule, last_granule = tiles
     granules = first_granule + tl.arange(0, GRANULES)
     at = base + granules * stride_granule + (first // (32 * BLOCK_N)) * 2 * stride_word
-    exists = granules <= last_granule
+    exists = (granules <= last_granule) & (is_whole == 0)
     seen = tl.reduce(tl.load(at, mask=exists, other=0), 0, _either)
     holes = tl.reduce(tl.load(at + stride_word, mask=exists, other=0), 0, _either)
     place = (first // BLOCK_N) % 32
     count = tl.minimum(tl.cdiv(high - first, BLOCK_N), 32 - place)
     one = tl.full((), 1, tl.int64)
-    seen = ((seen.to(tl.int64) & 0xFFFFFFFF) >> place) & ((one << count) - 1)
+    all_of_them = (one << count) - 1
+    seen = ((seen.to(tl.int64) & 0xFFFFFFFF) >> place) & all_of_them
     ends = tl.minimum(tl.maximum(key_count // BLOCK_N - first // BLOCK_N, 0), 32)
     whole = seen & ~((holes.to(tl.int64) & 0xFFFFFFFF) >> place) & ((one << ends) - 1)
-    return whole, seen & ~whole
+    return tl.where(is_whole, all_of_them, whole), tl.where(is_whole, 0, seen & ~whole)
 
 
 @triton.jit
@@ -303,7 +387,36 @@ def one_chunk(
     SCORES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row.
+    """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row."""
+    span = _span(mask_and_rows, key_count, SHAPE, SCORES)
+    return _chunk(q, keys_and_values, mask_and_rows, low, full, high, span, key_count, SHAPE, SCORES, STAGES)
+
+
+@triton.jit
+def _span(mask_and_rows, key_count, SHAPE: tl.constexpr, SCORES: tl.constexpr):
+    """``map_span``, or without a map that all keys may be seen."""
+    if SCORES[1] == 3:
+        span = map_span(mask_and_rows[4], key_count, SHAPE[0], SCORES[4])
+    else:
+        span = (key_count * 0, key_count, key_count * 0, key_count * 0)
+    return span
+
+
+@triton.jit
+def _chunk(
+    q,
+    keys_and_values,
+    mask_and_rows,
+    low,
+    full,
+    high,
+    span,
+    key_count,
+    SHAPE: tl.constexpr,
+    SCORES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """As ``one_chunk``, with the program's ``map_span``.
 
     With a map of tiles (MASK = 3, ``attention_tiles.py``) those that every row of the program is hidden from are left
     out, and of those that hide nothing the mask is not asked; with others tile follows on tile.
@@ -315,9 +428,12 @@ def one_chunk(
     acc = tl.zeros((q[0].shape[0], SHAPE[4]), tl.float32)
     if SCORES[1] == 3:
         WORD: tl.constexpr = 32 * BLOCK_N
+        is_whole = (low >= span[2]) & (high <= span[3])
+        low = tl.maximum(low, span[0])
+        high = tl.maximum(tl.minimum(high, span[1]), low)
         for word in tl.range(low // WORD, tl.cdiv(high, WORD), num_stages=1):
             first = tl.maximum(low, word * WORD)
-            whole, edges = tile_words(mask_and_rows[4], first, high, key_count, BLOCK_N, SCORES[4])
+            whole, edges = tile_words(mask_and_rows[4], first, high, key_count, is_whole, BLOCK_N, SCORES[4])
             for _ in tl.range(0, run_count(whole, edges), num_stages=1):
                 place, whole_count, edge_count, whole, edges = next_run(whole, edges)
                 start = first + place * BLOCK_N
@@ -368,11 +484,16 @@ def all_chunks(
     m = tl.full((q[0].shape[0],), LOWEST, tl.float32)
     sums = tl.zeros((q[0].shape[0],), tl.float32)
     acc = tl.zeros((q[0].shape[0], SHAPE[4]), tl.float32)
-    for chunk in tl.range(0, chunk_count(end, CHUNKS[0], CHUNKS[1], CHUNKS[2]), num_stages=1):
+    span = _span(mask_and_rows, key_count, SHAPE, SCORES)
+    first = end * 0
+    if SCORES[1] == 3:  # what is left out is the state of no key
+        first = chunk_of(span[0], CHUNKS[0], CHUNKS[1], CHUNKS[2])
+        end = tl.minimum(span[1], end)
+    for chunk in tl.range(first, chunk_count(end, CHUNKS[0], CHUNKS[1], CHUNKS[2]), num_stages=1):
         low = chunk_start(chunk, CHUNKS[0], CHUNKS[1], CHUNKS[2])
         high = tl.minimum(chunk_start(chunk + 1, CHUNKS[0], CHUNKS[1], CHUNKS[2]), end)
-        next_m, next_sums, next_acc = one_chunk(
-            q, keys_and_values, mask_and_rows, low, full, high, key_count, SHAPE, SCORES, STAGES
+        next_m, next_sums, next_acc = _chunk(
+            q, keys_and_values, mask_and_rows, low, full, high, span, key_count, SHAPE, SCORES, STAGES
         )
         m, sums, acc = join(m, sums, acc, next_m, next_sums, next_acc)
     return m, sums, acc

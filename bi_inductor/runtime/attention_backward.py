@@ -18,7 +18,7 @@ Sizes of tiles, warps, stages and how rows are packed into a tile of dq are free
 import triton
 import triton.language as tl
 
-from .attention import LOG2_E, load_rows, mask_of, next_run, run_count, tile_words
+from .attention import LOG2_E, load_rows, map_span, mask_of, next_run, run_count, tile_words
 
 
 @triton.jit
@@ -131,8 +131,12 @@ def query_gradients(
     acc = tl.zeros((q.shape[0], SHAPE[3]), tl.float32)
     if SCORES[1] == 3:
         WORD: tl.constexpr = 32 * BLOCK_N
-        for first in tl.range(0, end, WORD, num_stages=1):
-            whole, edges = tile_words(mask_and_rows[4], first, end, key_count, BLOCK_N, SCORES[4])
+        span = map_span(mask_and_rows[4], key_count, BLOCK_N, SCORES[4])
+        end = tl.maximum(tl.minimum(end, span[1]), span[0])
+        for word in tl.range(span[0] // WORD, tl.cdiv(end, WORD), num_stages=1):
+            first = tl.maximum(span[0], word * WORD)
+            is_whole = (first >= span[2]) & (tl.minimum(end, (word + 1) * WORD) <= span[3])
+            whole, edges = tile_words(mask_and_rows[4], first, end, key_count, is_whole, BLOCK_N, SCORES[4])
             for _ in tl.range(0, run_count(whole, edges), num_stages=1):
                 place, whole_count, edge_count, whole, edges = next_run(whole, edges)
                 start = first + place * BLOCK_N

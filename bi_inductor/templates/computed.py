@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
@@ -20,7 +21,7 @@ from torch._inductor.loop_body import LoopBody
 from torch._inductor.utils import sympy_index_symbol
 from torch._inductor.virtualized import V
 
-from bi_inductor.templates.emission import TemplateKernel
+from bi_inductor.templates.emission import TemplateKernel, realized
 
 #: The function that a kernel's file defines, its parameters, and where what it reads is found.
 FUNCTION = "computed_mask"
@@ -37,6 +38,7 @@ _NOT_HERE = frozenset(
 class Computed:
     """An element from its four indices: the operations, and what they read."""
 
+    size: tuple[Any, ...]
     body: LoopBody
     read_writes: dependencies.ReadWrites
 
@@ -53,19 +55,32 @@ def computed(x: ir.TensorBox) -> Computed | None:
     node, count = _unrealized(x)
     if node is None:
         return None
-    loader, size = x.make_loader(), x.get_size()
-    read_writes = dependencies.extract_read_writes(loader, size)
-    (indices,), ranges = dependencies.index_vars_no_squeeze(size, prefix="d")
-    body = LoopBody(loader, [indices], ranges, indices, [])
-    if not _NOT_HERE.isdisjoint(body.op_counts):
+    with mock.patch.object(ir.FlexibleLayout, "allow_indexing", True):
+        made = _function_of(x)
+    if not _NOT_HERE.isdisjoint(made.body.op_counts):
         return None
-    buffers = [V.graph.try_get_buffer(dep.name) for dep in read_writes.reads]
+    buffers = [V.graph.try_get_buffer(dep.name) for dep in made.read_writes.reads]
     if not all(isinstance(b, ir.IRNode) and b.get_device() == x.get_device() for b in buffers):
         return None
     hints = V.graph.sizevars.optimization_hints([count, *(b.get_numel() for b in buffers)])  # type: ignore[union-attr]
     if sum(hints[1:]) > hints[0] or not TritonScheduling.can_use_32bit_indexing(sympy.S.One, buffers):
         return None
-    return Computed(body, read_writes)
+    for buffer in buffers:
+        if isinstance(buffer.get_layout(), ir.FlexibleLayout):  # type: ignore[union-attr]
+            buffer.freeze_layout()  # type: ignore[union-attr]
+    return _function_of(x)
+
+
+def loaded(x: ir.TensorBox) -> Computed:
+    """The function that reads an element of ``x`` (four dims) where memory holds it."""
+    return _function_of(realized(x))
+
+
+def _function_of(x: Any) -> Computed:
+    loader, size = x.make_loader(), x.get_size()
+    read_writes = dependencies.extract_read_writes(loader, size)
+    (indices,), ranges = dependencies.index_vars_no_squeeze(size, prefix="d")
+    return Computed(tuple(size), LoopBody(loader, [indices], ranges, indices, []), read_writes)
 
 
 def _unrealized(x: ir.TensorBox) -> tuple[ir.Pointwise | None, Any]:
@@ -139,7 +154,7 @@ class ComputingKernel(TemplateKernel):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._register_extra_template_env_fns(self.computed_mask)
+        self._register_extra_template_env_fns(self.computed_mask, self.computed_size)
 
     def computed_mask(self) -> str:
         """A tuple of the kernel's arguments, in the order in which the function unpacks it."""
@@ -155,6 +170,11 @@ class ComputingKernel(TemplateKernel):
         head = f"@triton.jit\ndef {FUNCTION}({', '.join((*INDICES, CAPTURED))}):"
         self._function = "\n    ".join((head, *needed, *lines, f"return {result}")) + "\n\n\n"
         return f"({', '.join(handler.needed)}{',' if handler.needed else ''})"
+
+    def computed_size(self, dim: int) -> str:
+        """A size of the tensor that is computed."""
+        (what,) = self.subgraphs
+        return self.kexpr(self.rename_indexing(what.size[dim]))  # type: ignore[no-any-return]
 
     def jit_lines(self) -> str:
         """The function stands before the kernel and its decorators."""

@@ -21,6 +21,9 @@ _CORES = {
     "all_chunks": "q, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, CHUNKS, STAGES",
     "one_chunk": "q, k_and_v, mask_and_rows, low, full, high, KEYS, SHAPE, SCORES, STAGES",
     "fold_chunks": "PARTIAL, MAXIMA, SUMS, row, ROWS, CHUNK_TOTAL, DV, BLOCK_DV",
+    "map_row": (
+        "row, captured, idx_b, group * HEADS, granule * GRANULE, QUERIES, KEYS, SCORES, HEADS, BLOCK_N, GRANULE"
+    ),
 }
 #: The function that computes a mask (``triton_computed.py``), where there is one.
 FUNCTIONS = ("0", NAME)
@@ -32,7 +35,9 @@ _BOUND = {
     "row_tiles": ["tl.cdiv(ROWS, BLOCK_M)"],
     "program": ["tl.program_id(0).to(INDEX_DTYPE)"],
     "tile": ["row_tiles - 1 - program % row_tiles"],
-    "idx_b": ["program // row_tiles // KEY_HEADS", "row // (HEADS * QUERIES)"],
+    "idx_b": ["program // row_tiles // KEY_HEADS", "row // (HEADS * QUERIES)", "program // (#) // (#)"],
+    "granule": ["program % (#)"],
+    "group": ["program // (#) % (#)"],
     "key_head": ["program // row_tiles % KEY_HEADS"],
     "rows": ["tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]"],
     "exists": ["rows < ROWS"],
@@ -54,14 +59,16 @@ _BOUND = {
     "granules": ["(first_position // GRANULE, last_position // GRANULE)"],
     "tiles": ["(tiles_base, #, #, granules[0], granules[1])", "0"],
     "SCORES": [
-        f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {f}, SCALE_FIRST)" for f in FUNCTIONS
+        f"(False, 1, 1.0, None, None, True, {NAME})",
+        *(f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {f}, SCALE_FIRST)" for f in FUNCTIONS),
     ],
     "CHUNKS": [f"({_BORDERS})"],
     "STAGES": ["(FULL_STAGES, EDGE_STAGES)"],
     "idx_c": ["tl.program_id(1).to(INDEX_DTYPE)"],
     "low": [f"attention.chunk_start(idx_c, {_BORDERS})"],
     "high": [f"tl.minimum(attention.chunk_start(idx_c + 1, {_BORDERS}), end)"],
-    "row": ["tl.program_id(0).to(INDEX_DTYPE)"],
+    "row": ["tl.program_id(0).to(INDEX_DTYPE)", "MAP + program * (#)"],
+    "last": [f"attention.map_row({_CORES['map_row']})", "last + tl.zeros((1,), tl.int32)"],
     "out": [
         "attention.finish(m, sums, acc)",
         "out.to(Q.dtype.element_ty).to(tl.float32)",
@@ -161,6 +168,9 @@ class AttentionProgram:
         if any(dotted(call.func).startswith("attention_backward.") for call in self.calls):
             self._check_gradient(forms)
             return
+        if any(dotted(call.func) == "attention.map_row" for call in self.calls):
+            self._check_map(forms, arguments)
+            return
         names = ("BLOCK_N", "NEAR_CHUNK", "NEAR_CHUNKS", "FAR_CHUNK")
         if "BLOCK_N" not in kernel.assignments or forms.is_open:
             return  # a fold takes chunks as they are stored
@@ -174,6 +184,13 @@ class AttentionProgram:
             kernel.note("attention", None, f"no form of this kernel is Attention{found}")
         else:
             self.retraced.add(("attention", ()))
+
+    def _check_map(self, forms: Forms, arguments: Names) -> None:
+        """Its tiles are those of the attention it is for, where that is in the graph."""
+        tile = self.kernel.values("BLOCK_N", arguments)
+        known = {form[1] for form in forms.attentions}
+        if not tile or not is_constant(tile) or (known and tile[0] not in known):
+            self.kernel.note("attention", None, "a map of tiles of another size")
 
     def _check_gradient(self, forms: Forms) -> None:
         found = self._accumulator()

@@ -63,8 +63,14 @@ class ComputedMask:
                 kernel.note("computed mask", node, type(node).__name__)
             elif isinstance(node, ast.Name) and node.id == "captured":
                 self._reads_captured += 1
-        if self._reads_captured != len([s for s in statements if _CAPTURED.fullmatch(self._value(s))]):
+        unpacked = [
+            name for s in statements for name, v in assigned(s) if _CAPTURED.fullmatch(kernel.text(v))
+        ]
+        places = [self._value(s) for s in statements if _CAPTURED.fullmatch(self._value(s))]
+        if self._reads_captured != len(places) or places != [f"captured[{n}]" for n in range(len(places))]:
             kernel.note("computed mask", function, "captured is not unpacked")
+        if kernel.text_of("captured") != f"({', '.join(unpacked)}{',' if unpacked else ''})":
+            kernel.note("computed mask", kernel.assignments.get("captured"))
 
     _reads_captured = 0
 

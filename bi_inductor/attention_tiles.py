@@ -28,9 +28,9 @@ attention_map = torch.ops.bi_inductor.attention_map.default
 int32 [b, 1 or ``groups``, granules, 2 * words + 4].
 
 For each 16 queries and each 32 tiles of ``tile`` keys two words: bit t of the first says that a query, of any head of
-its group, sees a key of tile t, and of the second that one does not see all of them, of those that exist. Then the first
-tile of which something is seen and the one after the last ((32 * words, 0) if there is none); and the same of tiles
-whose ``tile`` keys all see all of, if no other is between them.
+its group, sees a key of tile t, and of the second that one does not see all of them, of those that exist. Then the
+first tile of which something is seen and the one after the last ((32 * words, 0) if there is none); and the same of
+tiles with ``tile`` keys that all of the queries see, if no other tile is between them.
 """
 
 
@@ -81,11 +81,12 @@ def _map_vmap(
 
 def maps_of(node: Node) -> tuple[Any, ...]:
     """The operands of a call of attention, or of its gradients, that are maps of tiles, and so reach no bit."""
-    first = _FIRST_MAP.get(str(node.target))
-    return () if first is None else node.args[first:]
+    first, count = _MAPS.get(str(node.target), (None, 0))
+    return () if first is None else node.args[first : first + count]
 
 
-_FIRST_MAP = {"bi_inductor.attention.default": 6, "bi_inductor.attention_backward.default": 9}
+#: Op -> (position of its first map, how many it takes).
+_MAPS = {"bi_inductor.attention.default": (6, 1), "bi_inductor.attention_backward.default": (9, 2)}
 
 
 def query_spans(visible: Tensor, groups: int) -> Tensor:

@@ -187,20 +187,20 @@ def _example(form: contract.Form | None, example: Example) -> str:
 
 
 def _constants(node: Node, example: Example) -> tuple[str, ...]:
-    """Scalars that reach the bits of a result, as ``argument=value``: floats, bools and dtypes, and integers of
+    """Scalars that reach the bits of a result, as ``argument=value``: floats, bools, dtypes, texts, and integers of
     pointwise ops, of which a size that is a symbol is what it is in the example.
 
     A float is what it is in the accumulator's dtype: a decomposition may have rounded it already, or not yet.
     """
-    kinds = (
-        (float, bool, torch.dtype, int) if verdicts.is_pointwise(node.target) else (float, bool, torch.dtype)
-    )
+    kinds: tuple[type, ...] = (float, bool, torch.dtype, str)
+    if verdicts.is_pointwise(node.target):
+        kinds += (int,)
     wide = any(_dtype(n) in (torch.float64, torch.complex128) for n in (node, *node.all_input_nodes))
     found = []
     for name, argument in _named_arguments(node):
         for value in pytree.tree_leaves(argument):
             value = _number(value, example)
-            if isinstance(value, kinds):
+            if isinstance(value, kinds) and value != "":
                 shown = ctypes.c_float(value).value if isinstance(value, float) and not wide else value
                 found.append(f"{name}={shown!r}")
     return (*_reduced_dims(node), *found)

@@ -179,8 +179,8 @@ CORRUPTIONS = {
     "no scale": ("causal", r"finish\(dk\) \* tl\.full\(\(\), SCALE, tl\.float32\)", "finish(dk)"),
     "a hidden key in sight": (
         "mask",
-        r"mask_strides, idx_n, exists, KEYS\)",
-        "mask_strides, idx_n - 1, exists, KEYS)",
+        r"mask_strides, idx_n, exists, KEYS, scored\)",
+        "mask_strides, idx_n - 1, exists, KEYS, scored)",
     ),
     "another function": (
         "causal",

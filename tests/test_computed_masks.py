@@ -144,6 +144,7 @@ CORRUPTIONS = {
     "another function": (r"def computed_mask", "def another_mask"),
     "rows that do not exist": (r"tl.minimum\(idx_m, 70 - 1\)", "idx_m"),
     "another batch": (r"mask_base = \(captured, idx_b,", "mask_base = (captured, idx_b * 0,"),
+    "by name only": (r"COMPUTED : tl.constexpr = True", "COMPUTED : tl.constexpr = False"),
     "something else that computes": (r"COMPUTED, computed_mask,", "COMPUTED, attention.join,"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch._inductor.ir import TensorBox
@@ -21,6 +22,9 @@ def attention(
     is_causal: bool,
     scale: float,
     tiles: TensorBox | None = None,
+    score: str = "",
+    derivative: str = "",
+    captured: Sequence[TensorBox] | None = None,
 ) -> tuple[TensorBox, TensorBox]:
     """Shapes and results as in ``attention_op.py``."""
     from ..templates import triton_attention
@@ -29,7 +33,7 @@ def attention(
         size, device = query.get_size(), query.get_device()
         output = full([*size[:3], value.get_size()[3]], 0, dtype=query.get_dtype(), device=device)
         return output, full(size[:3], -math.inf, dtype=torch.float32, device=device)
-    return triton_attention.attention(query, key, value, mask, is_causal, scale, tiles)
+    return triton_attention.attention(query, key, value, mask, is_causal, scale, tiles, score, captured)
 
 
 def attention_backward(
@@ -44,6 +48,9 @@ def attention_backward(
     scale: float,
     tiles: TensorBox | None = None,
     spans: TensorBox | None = None,
+    score: str = "",
+    derivative: str = "",
+    captured: Sequence[TensorBox] | None = None,
 ) -> tuple[TensorBox, TensorBox, TensorBox]:
     """Shapes and results as in ``attention_backward_op.py``."""
     from ..templates import triton_attention_backward
@@ -54,7 +61,20 @@ def attention_backward(
         )
         return tuple(zeros)  # type: ignore[return-value]
     return triton_attention_backward.attention_backward(
-        grad, query, key, value, mask, logsumexp, delta, is_causal, scale, tiles, spans
+        grad,
+        query,
+        key,
+        value,
+        mask,
+        logsumexp,
+        delta,
+        is_causal,
+        scale,
+        tiles,
+        spans,
+        score,
+        derivative,
+        captured,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from bi_inductor.attention_op import LOG2_E, attention
@@ -27,6 +28,7 @@ from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.ops import bmm_rounding, bmm_wide
 from bi_inductor.passes.attention import autocast_applied, grouped_product, has_kernel, tiles_of
 from bi_inductor.passes.retarget import Retarget
+from bi_inductor.score_programs import programs_of
 
 
 def flex_attention(
@@ -39,11 +41,12 @@ def flex_attention(
     kernel_options: dict[str, Any],
     score_mod_other_buffers: tuple[Any, ...] = (),
     mask_mod_other_buffers: tuple[Any, ...] = (),
+    programs: tuple[str, str] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``query [B, H, L, E]``, ``key [B or 1, Hk, S, E]``, ``value [B or 1, Hk, S, Ev]``; arguments of the HOP.
 
     Returns the output ``[B, H, L, Ev]``, and in log2 units the logsumexp and the largest score, ``[B, H, L]`` in fp32.
-    ``kernel_options`` are about schedules, and are not read.
+    ``kernel_options`` are about schedules, and are not read. ``programs``: those of ``score_mod``, if it has any.
     """
     with autocast_applied(query, key, value) as (query, key, value):
         key, value = (x.expand(query.shape[0], *x.shape[1:]) for x in (key, value))
@@ -61,9 +64,11 @@ def flex_attention(
             scores = _mapped(score_mod, indices, score_mod_other_buffers, scores).to(scores.dtype)
         modified = scores if visible is None else torch.where(visible, scores, -math.inf)
         largest = modified.detach().amax(-1) * LOG2_E
-        if is_plain and has_kernel(query, key, value):
+        is_constant = not any(isinstance(x, Tensor) and x.requires_grad for x in score_mod_other_buffers)
+        if has_kernel(query, key, value) and (is_plain or (programs is not None and is_constant)):
             tiles = None if visible is None else tiles_of(visible, query, key, value)
-            output, logsumexp = attention(query, key, value, visible, False, scale, tiles)
+            modified_by = () if is_plain or programs is None else (*programs, list(score_mod_other_buffers))
+            output, logsumexp = attention(query, key, value, visible, False, scale, tiles, *modified_by)
             return output, logsumexp, largest
         probabilities = torch.ops.aten._safe_softmax.default(modified, -1)
         output = grouped_product(probabilities, value, bmm_rounding)
@@ -119,9 +124,25 @@ def _refusal(node: Node) -> BatchInvarianceError | None:
     return BatchInvarianceError("flex_attention", reason, remedy, source_line(node))
 
 
+def _with_programs(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the node, and programs of its ``score_mod``."""
+    score_mod = getattr(node.graph.owning_module, str(node.args[3].target))  # type: ignore[union-attr]
+    captured = node.args[7] if len(node.args) > 7 else node.kwargs.get("score_mod_other_buffers", ())
+    query, *buffers = (_example(x) for x in (node.args[0], *captured))  # type: ignore[misc]
+    programs = None
+    if not _returns_its_score(score_mod) and isinstance(query, FakeTensor) and query.dtype != torch.float64:
+        programs = programs_of(score_mod, query, buffers)
+    return node.args, {**node.kwargs, "programs": programs}
+
+
+def _example(x: Any) -> Any:
+    return x.meta.get("example_value", x.meta.get("val")) if isinstance(x, Node) else x
+
+
 FLEX = Retarget(
     name="flex",
     targets=frozenset({torch.ops.higher_order.flex_attention}),
     replacement=flex_attention,
     refuse=_refusal,
+    arguments=_with_programs,
 )

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from bi_inductor.attention_op import attention
+from bi_inductor.attention_op import OVERLOAD
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 #: Ops that make a tensor of numbers, or look at one in another shape. With pointwise ops, what is computed again.
@@ -42,13 +42,13 @@ _SHAPES = frozenset(
 def recompute_masks(joint: GraphModule) -> None:
     """Mark the masks of attention in the joint graph of forward and backward, unless the user's checkpointing did."""
     for node in joint.graph.nodes:
-        if node.target is attention and isinstance(node.args[3], Node):
+        if node.target is OVERLOAD and isinstance(node.args[3], Node):
             for made in _computation(node.args[3]):
                 made.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
 
 
 def _computation(mask: Node) -> Iterable[Node]:
-    """The ops that compute ``mask``; none if something that is neither an input nor a vector is among what they read."""
+    """The ops that compute ``mask``; none if they read something that is neither an input nor a vector."""
     found: dict[Node, None] = {}
     waiting = [mask]
     while waiting:

@@ -164,6 +164,14 @@ def mask_of(mask_base, stride_mn, keys, key_count, exists, other, SCORES: tl.con
 
 
 @triton.jit
+def modified(t, keys, key_count, scored, FUNCTION: tl.constexpr):
+    """The scores ``t`` [M, N] of ``keys`` [1, N] after a ``score_mod``, a function of the kernel's file."""
+    captured, idx_b, idx_h, positions = scored
+    result = FUNCTION(t, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
+    return tl.broadcast_to(result, t.shape)
+
+
+@triton.jit
 def through_reduction(values):
     """The same values, bools as bytes."""
     if values.dtype == tl.int1:
@@ -199,7 +207,7 @@ def map_row(
     BLOCK_N: tl.constexpr,
     GRANULE: tl.constexpr,
 ):
-    """Writes the row of the map (``attention_tiles.py``) of GRANULE queries of HEADS heads; returns its last tile + 1."""
+    """Writes the map's row (``attention_tiles.py``) of GRANULE queries of HEADS heads; returns its last tile + 1."""
     positions = first_query + tl.arange(0, GRANULE)[:, None]
     rows_exist = positions < queries
     positions = tl.minimum(positions, queries - 1)
@@ -316,7 +324,7 @@ def _tile(
     """One tile of keys: (m, sums, acc) -> (m, sums, acc). EDGE: some of its keys may be hidden or not exist."""
     m, sums, acc = state
     k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
-    mask_base, stride_mn, positions, rows_exist, _ = mask_and_rows
+    mask_base, stride_mn, positions, rows_exist, _, scored = mask_and_rows
     BLOCK_N: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     BLOCK_D: tl.constexpr = SHAPE[2]
@@ -346,6 +354,9 @@ def _tile(
         if SCALE == 1.0:  # a choice that is none: Triton would start the dot from what is added to it next
             t = tl.where(t == 0.0, 0.0, t)
         t = t * SCALE
+        if SCORES[8]:
+            SCORE: tl.constexpr = SCORES[9]
+            t = modified(t, keys.to(INDEX)[None, :], key_count, scored, SCORE)
         factor = tl.full((), LOG2_E, tl.float32)
     else:
         factor = tl.full((), SCALE * LOG2_E, tl.float32)

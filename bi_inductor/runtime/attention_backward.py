@@ -3,7 +3,8 @@
     t  = (q k^T) * scale * log2(e)      one chain over the head dim, from 0; with a mask of floats (q k^T * scale +
          mask) * log2(e); -inf where a key is hidden
     p  = exp2(t - logsumexp)            dp = g v^T, one chain over the head dim of the values
-    ds = p * (dp - delta)               every operation rounded to fp32, none contracted
+    ds = p * (dp - delta)               every operation rounded to fp32, none contracted; with a score_mod t is what
+         it makes of q k^T * scale, times log2(e), and its derivative at that is applied to ds
     dq = (sum over keys of round(ds) k) * scale                      one chain, keys ascending
     dk = (sum over heads and queries of round(ds) q) * scale         one chain, head after head, queries ascending
     dv = sum over heads and queries of round(p) g                    the same chain
@@ -18,7 +19,7 @@ Sizes of tiles, warps, stages and how rows are packed into a tile of dq are free
 import triton
 import triton.language as tl
 
-from .attention import LOG2_E, load_rows, map_span, mask_of, next_run, run_count, tile_words
+from .attention import LOG2_E, load_rows, map_span, mask_of, modified, next_run, run_count, tile_words
 
 
 @triton.jit
@@ -45,20 +46,40 @@ def _visible(given, positions, keys, exists, SCORES: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(t, logsumexp, given, visible, EDGE: tl.constexpr, SCORES: tl.constexpr):
-    """p of the products ``t``; all of one shape, or ``logsumexp`` broadcast to it."""
+def _probabilities(
+    t, logsumexp, given, visible, keys, key_count, scored, EDGE: tl.constexpr, SCORES: tl.constexpr
+):
+    """(p of the products ``t``, the scaled scores if a ``score_mod`` takes them); all of one shape, or ``logsumexp``
+    broadcast to it."""
     MASK: tl.constexpr = SCORES[1]
     SCALE: tl.constexpr = SCORES[2]
-    if MASK == 2:
+    score = t
+    if SCORES[7] or MASK == 2:
         if SCALE == 1.0:  # a choice that is none: Triton would start the dot from what is added to it next
             t = tl.where(t == 0.0, 0.0, t)
         t = t * tl.full((), SCALE, tl.float32)
-        t = (t + given.to(tl.float32)) * LOG2_E
+        score = t
+        if SCORES[7]:
+            SCORE: tl.constexpr = SCORES[8]
+            t = modified(t, keys, key_count, scored, SCORE)
+        if MASK == 2:
+            t = t + given.to(tl.float32)
+        t = t * LOG2_E
     else:
         t = t * tl.full((), SCALE * LOG2_E, tl.float32)
     if EDGE:
         t = tl.where(visible, t, -float("inf"))
-    return tl.exp2(t - logsumexp)
+    return tl.exp2(t - logsumexp), score
+
+
+@triton.jit
+def _of_product(ds, score, keys, key_count, scored, SCORES: tl.constexpr):
+    """The gradient of the scaled scores from that of what a ``score_mod`` makes of them."""
+    if SCORES[7]:
+        DERIVATIVE: tl.constexpr = SCORES[9]
+        captured, idx_b, idx_h, positions = scored
+        ds = DERIVATIVE(score, ds, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
+    return ds
 
 
 @triton.jit
@@ -78,7 +99,7 @@ def _query_tile(
     """dq [M, D] after one more tile of keys. EDGE: some of its keys may be hidden or not exist."""
     logsumexp, delta = statistics
     k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
-    mask_base, stride_mn, positions, rows_exist, _ = mask_and_rows
+    mask_base, stride_mn, positions, rows_exist, _, scored = mask_and_rows
     BLOCK_N: tl.constexpr = SHAPE[1]
     D: tl.constexpr = SHAPE[2]
     BLOCK_D: tl.constexpr = SHAPE[3]
@@ -103,8 +124,10 @@ def _query_tile(
             given = mask_of(mask_base, stride_mn, row, key_count, pairs, 0, SCORES, WIDTH)
         visible = _visible(given, positions, keys[None, :], pairs, SCORES)
     t = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = _probabilities(t, logsumexp, given, visible, EDGE, SCORES)
+    row = keys.to(INDEX)[None, :]
+    p, score = _probabilities(t, logsumexp, given, visible, row, key_count, scored, EDGE, SCORES)
     ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta)
+    ds = _of_product(ds, score, row, key_count, scored, SCORES)
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
@@ -217,7 +240,7 @@ def _key_tile(
     dk, dv = state
     q_base, stride_qh, stride_qm, stride_qd = queries[0]
     g_base, stride_gh, stride_gm, stride_gd = queries[1]
-    mask_base, mask_strides, keys, keys_exist, key_count = mask_and_keys
+    mask_base, mask_strides, keys, keys_exist, key_count, scored = mask_and_keys
     stride_mh, stride_mm, stride_mn = mask_strides
     group, length = sizes
     BLOCK_M: tl.constexpr = SHAPE[0]
@@ -258,10 +281,15 @@ def _key_tile(
                 at = mask_base + (heads[None, :] * stride_mh + positions[None, :] * stride_mm)
             given = mask_of(at, stride_mn, keys, key_count, pairs, 0, SCORES, WIDTH)
         visible = _visible(given, positions[None, :], keys, pairs, SCORES)
+    if SCORES[7]:
+        captured, idx_b, first_head = scored
+        head_of = first_head + tl.minimum(heads, tl.cast(group, INDEX) - 1)[None, :]
+        scored = (captured, idx_b, head_of, positions[None, :])
     t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p = _probabilities(t, logsumexp[None, :], given, visible, EDGE, SCORES)
+    p, score = _probabilities(t, logsumexp[None, :], given, visible, keys, key_count, scored, EDGE, SCORES)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
+    ds = _of_product(ds, score, keys, key_count, scored, SCORES)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 

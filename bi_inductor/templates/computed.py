@@ -4,12 +4,14 @@ A mask made of positions (causal, windows, documents, ALiBi) is a few operations
 many elements as there are scores. Lowering such a mask gives a pointwise node that nothing has realized: its operations
 are written out here as a Triton function of the indices and of what they read, and a template calls it for tiles.
 The operations are those of the node, rounded as in a kernel of its own, so a mask has the same bits either way.
+A ``score_mod`` is a function of the kernel's file in the same way, and so is its derivative.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -21,12 +23,16 @@ from torch._inductor.loop_body import LoopBody
 from torch._inductor.utils import sympy_index_symbol
 from torch._inductor.virtualized import V
 
+from bi_inductor.errors import BatchInvarianceError
+from bi_inductor.score_programs import run
 from bi_inductor.templates.emission import TemplateKernel, realized
 
-#: The function that a kernel's file defines, its parameters, and where what it reads is found.
-FUNCTION = "computed_mask"
+#: Parameters of the functions: what they are given of an element, its indices, and a tuple of what they read.
+GIVEN = ("score", "gradient")
 INDICES = ("idx_b", "idx_h", "idx_m", "idx_n")
 CAPTURED = "captured"
+#: Buffers that stand for what functions are given.
+_PLACEHOLDERS = {"batchinv_score": "score", "batchinv_gradient": "gradient"}
 #: Operations that belong to a place in a kernel of their own.
 _NOT_HERE = frozenset(
     "bucketize frexp halide_clamp inline_asm_elementwise load_seed masked_scatter_with_index rand randint64 randn "
@@ -45,6 +51,30 @@ class Computed:
     def get_read_writes(self) -> dependencies.ReadWrites:
         """What decides about the width of addresses (torch 2.14)."""
         return self.read_writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """What the kernels of one attention compute where they need it; None: nothing, or memory has it."""
+
+    mask: Computed | None = None
+    score: Computed | None = None
+    derivative: Computed | None = None
+
+    @property
+    def subgraphs(self) -> list[Computed | None] | None:
+        """What ``ComputingKernel`` is given."""
+        found = [self.mask, self.score, self.derivative]
+        return None if found == [None] * 3 else found
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        """What the sources ask about them."""
+        return {
+            "COMPUTED": self.mask is not None,
+            "SCORED": self.score is not None,
+            "DERIVED": self.derivative is not None,
+        }
 
 
 def computed(x: ir.TensorBox) -> Computed | None:
@@ -83,6 +113,37 @@ def _function_of(x: Any) -> Computed:
     return Computed(tuple(size), LoopBody(loader, [indices], ranges, indices, []), read_writes)
 
 
+def programmed(
+    program: str, size: Sequence[Any], device: torch.device, captured: Sequence[Any], *, is_derivative: bool
+) -> Computed:
+    """What ``program`` (``score_programs.py``) makes of a score of ``size``, [B, H, L, S].
+
+    Raises BatchInvarianceError for a program with a result that Inductor puts into memory.
+    """
+    from torch._inductor.lowering import expand, iota, view
+
+    size = list(size)
+    layout = ir.FixedLayout(device, torch.float32, size, ir.FlexibleLayout.contiguous_strides(size))
+    score, gradient = (
+        ir.TensorBox.create(ir.InputBuffer(name=name, layout=layout)) for name in _PLACEHOLDERS
+    )
+    options = {"start": 0, "step": 1, "dtype": torch.int64, "device": device, "requires_grad": False}
+    places = [
+        view(iota(length, **options), [length if dim == other else 1 for other in range(4)])
+        for dim, length in enumerate(size)
+    ]
+    extra = [gradient] if is_derivative else []
+    before = len(V.graph.operations)
+    result = run(program, [score, *places, *extra, *map(realized, captured)], V.graph.call_function)
+    if len(V.graph.operations) != before:
+        raise BatchInvarianceError(
+            "flex_attention",
+            "its score_mod has so many operations that some of them would be kernels of their own",
+            "write it with fewer operations, or as a float mask for scaled_dot_product_attention",
+        )
+    return _function_of(expand(result, size))
+
+
 def _unrealized(x: ir.TensorBox) -> tuple[ir.Pointwise | None, Any]:
     """The pointwise node behind views, if nothing has realized it, and how many elements it has."""
     node: Any = x
@@ -100,6 +161,8 @@ class _Elements(V.WrapperHandler):  # type: ignore[name-defined,misc]
         self.needed: dict[str, None] = {}
 
     def load(self, name: str, index: sympy.Expr) -> Any:
+        if name in _PLACEHOLDERS:
+            return self._generated(f"({_PLACEHOLDERS[name]})", torch.float32)
         pointer = self.kernel.args.input(name)
         self.needed[pointer] = None
         dtype = V.graph.get_dtype(name)
@@ -148,34 +211,47 @@ class _Elements(V.WrapperHandler):  # type: ignore[name-defined,misc]
 
 
 class ComputingKernel(TemplateKernel):
-    """A template kernel whose source may say ``{{computed_mask()}}``: the arguments that its function is called with."""
+    """A template kernel whose source may say ``{{computed("mask")}}``: the arguments its function is called with.
 
-    _function = ""
+    ``subgraphs`` has a Computed for each of KINDS, or None.
+    """
+
+    KINDS = ("mask", "score", "derivative")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._register_extra_template_env_fns(self.computed_mask, self.computed_size)
+        self._functions: dict[str, str] = {}
+        self._register_extra_template_env_fns(self.computed, self.computed_size)
 
-    def computed_mask(self) -> str:
-        """A tuple of the kernel's arguments, in the order in which the function unpacks it."""
-        (what,) = self.subgraphs
-        with self.create_subgraph_body("<COMPUTED_MASK>"):
-            handler = _Elements(self)
-            with V.set_ops_handler(handler):
-                result = what.body([sympy_index_symbol(name) for name in INDICES])
-            self.codegen_body()
-            lines = [line for line in self.body.getvalue().splitlines() if line.strip()]
-            self.cse.invalidate(set())
-        needed = [f"{name} = {CAPTURED}[{place}]" for place, name in enumerate(handler.needed)]
-        head = f"@triton.jit\ndef {FUNCTION}({', '.join((*INDICES, CAPTURED))}):"
-        self._function = "\n    ".join((head, *needed, *lines, f"return {result}")) + "\n\n\n"
-        return f"({', '.join(handler.needed)}{',' if handler.needed else ''})"
+    def _computed(self, kind: str) -> Computed:
+        found: Any = self.subgraphs[self.KINDS.index(kind)]  # type: ignore[index]
+        return found  # type: ignore[no-any-return]
 
-    def computed_size(self, dim: int) -> str:
+    def computed(self, *kinds: str) -> str:
+        """A tuple of the kernel's arguments that the functions of these kinds unpack, in their order."""
+        bodies: dict[str, list[str]] = {}
+        needed: dict[str, None] = {}
+        for kind in kinds:
+            with self.create_subgraph_body(f"<COMPUTED_{kind}>"):
+                handler = _Elements(self)
+                with V.set_ops_handler(handler):
+                    result = self._computed(kind).body([sympy_index_symbol(name) for name in INDICES])
+                self.codegen_body()
+                bodies[kind] = [line for line in self.body.getvalue().splitlines() if line.strip()]
+                bodies[kind].append(f"return {result}")
+                needed |= handler.needed
+                self.cse.invalidate(set())
+        unpacked = [f"{name} = {CAPTURED}[{place}]" for place, name in enumerate(needed)]
+        for kind in kinds:
+            given = GIVEN[: self.KINDS.index(kind)]
+            head = f"@triton.jit\ndef computed_{kind}({', '.join((*given, *INDICES, CAPTURED))}):"
+            self._functions[kind] = "\n    ".join((head, *unpacked, *bodies[kind])) + "\n\n\n"
+        return f"({', '.join(needed)}{',' if needed else ''})"
+
+    def computed_size(self, kind: str, dim: int) -> str:
         """A size of the tensor that is computed."""
-        (what,) = self.subgraphs
-        return self.kexpr(self.rename_indexing(what.size[dim]))  # type: ignore[no-any-return]
+        return self.kexpr(self.rename_indexing(self._computed(kind).size[dim]))  # type: ignore[no-any-return]
 
     def jit_lines(self) -> str:
-        """The function stands before the kernel and its decorators."""
-        return self._function + textwrap.dedent(super().jit_lines())
+        """The functions stand before the kernel and its decorators."""
+        return "".join(self._functions.values()) + textwrap.dedent(super().jit_lines())

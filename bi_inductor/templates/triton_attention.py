@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -26,7 +26,7 @@ from torch.utils._sympy.functions import CeilDiv, FloorDiv, Max, Min
 
 from bi_inductor import contract
 from bi_inductor.attention_tiles import GRANULE
-from bi_inductor.templates.computed import Computed, ComputingKernel, computed
+from bi_inductor.templates.computed import Computed, ComputingKernel, Functions, computed, programmed
 from bi_inductor.templates.emission import Template, emit, realized
 from bi_inductor.templates.triton_matmul import tf32_is_allowed
 
@@ -69,16 +69,22 @@ ROWS = r"""
 {% else %}
     tiles = 0
 {% endif %}
+{% if SCORED %}
+    captured_by_score = {{computed("score", "derivative") if DERIVED else computed("score")}}
+    scored = (captured_by_score, idx_b, idx_h, tl.minimum(idx_m, {{size("Q", 2)}} - 1))
+{% else %}
+    scored = 0
+{% endif %}
 {% if COMPUTED %}
-    captured = {{computed_mask()}}
+    captured = {{computed("mask")}}
     mask_base = (captured, idx_b, idx_h, tl.minimum(idx_m, {{size("Q", 2)}} - 1))
-    mask_and_rows = (mask_base, 0, idx_m, exists, tiles)
+    mask_and_rows = (mask_base, 0, idx_m, exists, tiles, scored)
 {% elif MASK %}
     mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + idx_h * ({{stride("MASKS", 1)}})
     mask_base += idx_m * ({{stride("MASKS", 2)}})
-    mask_and_rows = (mask_base, {{stride("MASKS", 3)}}, idx_m, exists, tiles)
+    mask_and_rows = (mask_base, {{stride("MASKS", 3)}}, idx_m, exists, tiles, scored)
 {% else %}
-    mask_and_rows = (0, 0, idx_m, exists, tiles)
+    mask_and_rows = (0, 0, idx_m, exists, tiles, scored)
 {% endif %}
 {% if CAUSAL %}
     end = tl.minimum(KEYS, last_position + 1)
@@ -92,7 +98,8 @@ ROWS = r"""
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE, BLOCK_REST)
     SCORES: tl.constexpr = (
-        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}}, SCALE_FIRST
+        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}}, SCALE_FIRST,
+        {{"True, computed_score" if SCORED else "False, 0"}}
     )
     CHUNKS: tl.constexpr = (NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
@@ -186,6 +193,7 @@ chunk_template = AttentionTemplate("batchinv_attention_chunk", grid=attention_gr
 fold_template = AttentionTemplate("batchinv_attention_fold", grid=attention_grid, source=FOLD)
 fold_into_template = AttentionTemplate("batchinv_attention_fold_into", grid=attention_grid, source=FOLD_INTO)
 
+_NOTHING = Functions()
 #: So many rows of each key head have their chunks side by side in a graph that learns at run time how many there are.
 FEW_ROWS = 32
 #: Bytes of accumulators of one chunk, at most, that are stored to be joined.
@@ -276,6 +284,8 @@ def attention(
     is_causal: bool,
     scale: float,
     tiles: ir.TensorBox | None = None,
+    score: str = "",
+    captured: Sequence[ir.TensorBox] | None = None,
 ) -> tuple[ir.TensorBox, ir.TensorBox]:
     """Lowering of ``bi_inductor::attention``; shapes and results as there."""
     *_, queries, _ = size = query.get_size()
@@ -283,8 +293,9 @@ def attention(
     key_heads, keys = key.get_size()[1:3]
     mask = None if mask is None else expand(mask, [batch, heads, queries, keys])
     tiles = None if tiles is None else expand(tiles, [batch, key_heads, *tiles.get_size()[2:]])
-    function = None if mask is None else computed(mask)
-    operands = [x for x in (query, key, value, mask if function is None else None, tiles) if x is not None]
+    functions = functions_of(mask, score, "", captured, [batch, heads, queries, keys], query.get_device())
+    in_memory = mask if functions.mask is None else None
+    operands = [x for x in (query, key, value, in_memory, tiles) if x is not None]
     head_dim, value_dim = (V.graph.sizevars.guard_int(x.get_size()[-1]) for x in (query, value))
     dtype, device = query.get_dtype(), query.get_device()
     form = contract.attention_form(head_dim, value_dim, dtype, tf32=tf32_is_allowed())
@@ -314,12 +325,14 @@ def attention(
 
     def states(chunks: Any, schedule: Schedule) -> list[ir.TensorBox]:
         """acc, m and sums of every chunk, each by a program of its own."""
-        constants = _constants(form, schedule, head_dim, value_dim, kind, function, is_causal, scale)
+        constants = _constants(form, schedule, head_dim, value_dim, kind, functions, is_causal, scale)
         stored = [_empty([chunks, *rows], device) for _ in range(2)]
         partial = ir.FixedLayout(device, torch.float32, [chunks, *rows, value_dim])
         grid = [pairs, per_pair, chunks]
         return [
-            _call(chunk_template, [*operands, *stored], stored, partial, grid, schedule, constants, function),
+            _call(
+                chunk_template, [*operands, *stored], stored, partial, grid, schedule, constants, functions
+            ),
             *stored,
         ]
 
@@ -329,16 +342,36 @@ def attention(
         return _call(fold_template, inputs, [logsumexp], layout, grid, one_warp, fold), logsumexp
     # 1 at run time if there turn out to be few rows: then the first of three kernels has no program, else the others.
     few = 0 if is_causal else _are_few(per_pair, pairs, keys, value_dim, form)
-    constants = _constants(form, schedule, head_dim, value_dim, kind, function, is_causal, scale)
+    constants = _constants(form, schedule, head_dim, value_dim, kind, functions, is_causal, scale)
     grid = [pairs, per_pair * (1 - few), 1]
     inputs = [*operands, logsumexp]
-    out = _call(whole_template, inputs, [logsumexp], layout, grid, schedule, constants, function)
+    out = _call(whole_template, inputs, [logsumexp], layout, grid, schedule, constants, functions)
     if few != 0:
         short = dataclasses.replace(schedule_for(FEW_ROWS, *sizes), split=True)
         inputs = [*states(chunk_total(keys, form) * few, short), logsumexp, out]
         returned = ir.FixedLayout(device, torch.float32, [batch * heads * queries * few])
         _call(fold_into_template, inputs, inputs[3:], returned, [pairs, per_pair * few, 1], one_warp, fold)
     return out, logsumexp
+
+
+def functions_of(
+    mask: ir.TensorBox | None,
+    score: str,
+    derivative: str,
+    captured: Sequence[ir.TensorBox] | None,
+    size: list[Any],
+    device: Any,
+) -> Functions:
+    """What kernels for scores of ``size``, [B, H, L, S], compute: the mask, if it may be, and the programs."""
+
+    def of(program: str, is_derivative: bool) -> Computed | None:
+        return (
+            programmed(program, size, device, captured or (), is_derivative=is_derivative)
+            if program
+            else None
+        )
+
+    return Functions(None if mask is None else computed(mask), of(score, False), of(derivative, True))
 
 
 def _are_few(rows: Any, pairs: Any, keys: Any, value_dim: int, form: contract.Attention) -> Any:
@@ -378,7 +411,7 @@ def _constants(
     head_dim: int,
     value_dim: int,
     kind: int,
-    function: Computed | None,
+    functions: Functions,
     is_causal: bool,
     scale: float,
 ) -> dict[str, Any]:
@@ -392,9 +425,9 @@ def _constants(
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
         "MASK": kind,
-        "COMPUTED": function is not None,
+        **functions.constants,
         "SCALE": scale,
-        "SCALE_FIRST": kind == 2 or not (0 < scale < math.inf),
+        "SCALE_FIRST": kind == 2 or functions.score is not None or not (0 < scale < math.inf),
         **granules_of(schedule.block_m),
         "INPUT_PRECISION": "'tf32'" if form.accumulator.startswith("tf32") else "'ieee'",
         "NEAR_CHUNK": form.near_chunk,
@@ -413,7 +446,7 @@ def _call(
     grid: list[Any],
     schedule: Schedule,
     constants: dict[str, Any],
-    function: Computed | None = None,
+    functions: Functions = _NOTHING,
 ) -> ir.TensorBox:
     return emit(
         template,
@@ -423,6 +456,6 @@ def _call(
         num_stages=schedule.num_stages,
         mutated_inputs=[realized(x) for x in mutated],
         call_sizes=grid,
-        subgraphs=None if function is None else [function],
+        subgraphs=functions.subgraphs,
         **constants,
     )

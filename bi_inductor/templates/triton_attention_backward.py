@@ -9,7 +9,7 @@ compute scores and probabilities again: nothing of [queries, keys] is in memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
 
 from bi_inductor import contract
-from bi_inductor.templates.computed import Computed, ComputingKernel, computed
+from bi_inductor.templates.computed import ComputingKernel, Functions
 from bi_inductor.templates.emission import Template, emit, realized
 from bi_inductor.templates.triton_attention import (
     ROWS,
     attention_grid,
+    functions_of,
     granules_of,
     head,
     mask_kind,
@@ -36,7 +37,8 @@ from bi_inductor.templates.triton_matmul import tf32_is_allowed
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
     SCORES: tl.constexpr = (
-        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}}
+        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}},
+        {{"True, computed_score, computed_derivative" if SCORED else "False, 0, 0"}}
     )
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
 """
@@ -92,16 +94,22 @@ KEY_GRADIENTS = (
     q_rows = (q_base, {{stride("Q", 1)}}, {{stride("Q", 2)}}, {{stride("Q", 3)}})
     g_rows = (g_base, {{stride("G", 1)}}, {{stride("G", 2)}}, {{stride("G", 3)}})
     queries = (q_rows, g_rows, LSE + first_row, DELTA + first_row)
+{% if SCORED %}
+    captured_by_score = {{computed("score", "derivative")}}
+    scored = (captured_by_score, idx_b, first_head)
+{% else %}
+    scored = 0
+{% endif %}
 {% if COMPUTED %}
-    captured = {{computed_mask()}}
+    captured = {{computed("mask")}}
     mask_base = (captured, idx_b, first_head)
-    mask_and_keys = (mask_base, (0, 0, 0), idx_n, exists, KEYS)
+    mask_and_keys = (mask_base, (0, 0, 0), idx_n, exists, KEYS, scored)
 {% elif MASK %}
     mask_base = MASKS + idx_b * ({{stride("MASKS", 0)}}) + first_head * ({{stride("MASKS", 1)}})
     mask_strides = ({{stride("MASKS", 1)}}, {{stride("MASKS", 2)}}, {{stride("MASKS", 3)}})
-    mask_and_keys = (mask_base, mask_strides, idx_n, exists, KEYS)
+    mask_and_keys = (mask_base, mask_strides, idx_n, exists, KEYS, scored)
 {% else %}
-    mask_and_keys = (0, (0, 0, 0), idx_n, exists, KEYS)
+    mask_and_keys = (0, (0, 0, 0), idx_n, exists, KEYS, scored)
 {% endif %}
 {% if MASK == 3 %}
     spans_base = SPANS + idx_b * ({{stride("SPANS", 0)}}) + key_head * ({{stride("SPANS", 1)}})
@@ -229,6 +237,9 @@ def attention_backward(
     scale: float,
     tiles: ir.TensorBox | None = None,
     spans: ir.TensorBox | None = None,
+    score: str = "",
+    derivative: str = "",
+    captured: Sequence[ir.TensorBox] | None = None,
 ) -> tuple[ir.TensorBox, ir.TensorBox, ir.TensorBox]:
     """Lowering of ``bi_inductor::attention_backward``; shapes and results as there."""
     batch, heads, queries, _ = query.get_size()
@@ -242,11 +253,11 @@ def attention_backward(
     if form is None or schedule.block_n != form.tile:  # the map is of other tiles
         tiles = spans = None
     mask = None if mask is None else expand(mask, [batch, heads, queries, keys])
-    function = None if mask is None else computed(mask)
-    constants = _constants(head_dim, value_dim, dtype, mask_kind(mask, tiles), function, is_causal, scale)
+    functions = functions_of(mask, score, derivative, captured, [batch, heads, queries, keys], device)
+    constants = _constants(head_dim, value_dim, dtype, mask_kind(mask, tiles), functions, is_causal, scale)
     statistics = [ir.ExternKernel.require_contiguous(realized(x)) for x in (logsumexp, delta)]
     operands = [realized(x) for x in (query, key, value, grad)] + statistics
-    operands += [] if mask is None or function is not None else [realized(mask)]
+    operands += [] if mask is None or functions.mask is not None else [realized(mask)]
     maps = [] if tiles is None or spans is None else [tiles, spans]
     tile_maps = [realized(expand(x, [batch, key_heads, *x.get_size()[2:]])) for x in maps]
     dq = _call(
@@ -256,7 +267,7 @@ def attention_backward(
         [pairs, rows, 1],
         schedule,
         constants,
-        function,
+        functions,
     )
     stored = empty([batch, keys, key_heads, value_dim], dtype=dtype, device=device)
     dk = _call(
@@ -266,7 +277,7 @@ def attention_backward(
         [pairs, keys],
         key_schedule_for(static_size(keys), width, dtype.itemsize),
         constants,
-        function,
+        functions,
         mutated_inputs=[realized(stored)],
     )
     return dq, dk, permute(stored, [0, 2, 1, 3])
@@ -283,7 +294,7 @@ def _constants(
     value_dim: int,
     dtype: torch.dtype,
     kind: int,
-    function: Computed | None,
+    functions: Functions,
     is_causal: bool,
     scale: float,
 ) -> dict[str, Any]:
@@ -295,7 +306,7 @@ def _constants(
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
         "MASK": kind,
-        "COMPUTED": function is not None,
+        **functions.constants,
         "SCALE": scale,
         "INPUT_PRECISION": "'tf32'" if is_tf32 else "'ieee'",
     }
@@ -308,7 +319,7 @@ def _call(
     grid: list[Any],
     schedule: Schedule,
     constants: dict[str, Any],
-    function: Computed | None,
+    functions: Functions,
     **arguments: Any,
 ) -> ir.TensorBox:
     return emit(
@@ -318,7 +329,7 @@ def _call(
         num_warps=schedule.num_warps,
         num_stages=max(schedule.full_stages, schedule.edge_stages),
         call_sizes=grid,
-        subgraphs=None if function is None else [function],
+        subgraphs=functions.subgraphs,
         BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
         **granules_of(schedule.block_m),

@@ -26,10 +26,10 @@ MAP = r"""
     granule = program % ({{size("MAP", 2)}})
     group = program // ({{size("MAP", 2)}}) % ({{size("MAP", 1)}})
     idx_b = program // ({{size("MAP", 2)}}) // ({{size("MAP", 1)}})
-    captured = {{computed_mask()}}
+    captured = {{computed("mask")}}
     row = MAP + program * ({{size("MAP", 3)}})
-    QUERIES = {{computed_size(2)}}
-    KEYS = {{computed_size(3)}}
+    QUERIES = {{computed_size("mask", 2)}}
+    KEYS = {{computed_size("mask", 3)}}
     SCORES: tl.constexpr = (False, 1, 1.0, None, None, True, computed_mask)
     last = attention.map_row(
         row, captured, idx_b, group * HEADS, granule * GRANULE, QUERIES, KEYS, SCORES, HEADS, BLOCK_N, GRANULE
@@ -64,7 +64,7 @@ def attention_map(visible: ir.TensorBox, groups: int, tile: int) -> ir.TensorBox
         num_stages=1,
         mutated_inputs=[realized(stored)],
         call_sizes=[rows],
-        subgraphs=[computed(visible) or loaded(visible)],
+        subgraphs=[computed(visible) or loaded(visible), None, None],
         HEADS=heads // made[1],
         BLOCK_N=tile,
         GRANULE=GRANULE,

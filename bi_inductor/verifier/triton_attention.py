@@ -13,7 +13,6 @@ from ..attention_tiles import GRANULE
 from . import triton_attention_backward as backward
 from .lengths import Forms, Names, Values, is_constant
 from .syntax import KernelSyntax, assigned, dotted
-from .triton_computed import NAME
 
 #: A size or a stride: arithmetic on integers and arguments of the kernel.
 _SIZE = r"[\w\s()*+/<>=-]+"
@@ -25,8 +24,9 @@ _CORES = {
         "row, captured, idx_b, group * HEADS, granule * GRANULE, QUERIES, KEYS, SCORES, HEADS, BLOCK_N, GRANULE"
     ),
 }
-#: The function that computes a mask (``triton_computed.py``), where there is one.
-FUNCTIONS = ("0", NAME)
+#: The functions that compute a mask and a score (``triton_computed.py``), where there are any.
+MASKS = ("0", "computed_mask")
+_SCORES = ("False, 0", "True, computed_score")
 _BORDERS = "NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK"
 #: What a name that reaches a sum may be bound to, ``#`` for a size.
 _BOUND = {
@@ -49,7 +49,7 @@ _BOUND = {
     "q": ["attention.load_query(q_base, idx_m, #, #, exists, SHAPE)"],
     "k_and_v": ["(k_base, #, #, v_base, #, #)"],
     "mask_base": ["MASKS + idx_b * (#) + idx_h * (#)", "(captured, idx_b, idx_h, tl.minimum(idx_m, # - 1))"],
-    "mask_and_rows": ["(mask_base, #, idx_m, exists, tiles)", "(0, 0, idx_m, exists, tiles)"],
+    "mask_and_rows": ["(mask_base, #, idx_m, exists, tiles, scored)", "(0, 0, idx_m, exists, tiles, scored)"],
     "first_position": ["tile * BLOCK_M // GROUP"],
     "last_position": ["(tl.minimum(tile * BLOCK_M + BLOCK_M, ROWS) - 1) // GROUP"],
     "end": ["tl.minimum(KEYS, last_position + 1)", "KEYS"],
@@ -59,9 +59,14 @@ _BOUND = {
     "granules": ["(first_position // GRANULE, last_position // GRANULE)"],
     "tiles": ["(tiles_base, #, #, granules[0], granules[1])", "0"],
     "SCORES": [
-        f"(False, 1, 1.0, None, None, True, {NAME})",
-        *(f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {f}, SCALE_FIRST)" for f in FUNCTIONS),
+        "(False, 1, 1.0, None, None, True, computed_mask)",
+        *(
+            f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {mask}, SCALE_FIRST, {score})"
+            for mask in MASKS
+            for score in _SCORES
+        ),
     ],
+    "scored": ["(captured_by_score, idx_b, idx_h, tl.minimum(idx_m, # - 1))", "0"],
     "CHUNKS": [f"({_BORDERS})"],
     "STAGES": ["(FULL_STAGES, EDGE_STAGES)"],
     "idx_c": ["tl.program_id(1).to(INDEX_DTYPE)"],

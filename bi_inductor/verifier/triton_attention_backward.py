@@ -5,8 +5,6 @@ Bindings as in ``triton_attention.py``, which reads both kinds of kernels.
 
 from __future__ import annotations
 
-from .triton_computed import NAME
-
 CORES = {
     "query_gradients": "q, g, statistics, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, STAGES",
     "key_gradients": (
@@ -42,12 +40,17 @@ BOUND = {
     "mask_base": ["MASKS + idx_b * (#) + first_head * (#)", "(captured, idx_b, first_head)"],
     "mask_strides": ["(#, #, #)"],
     "mask_and_keys": [
-        "(mask_base, mask_strides, idx_n, exists, KEYS)",
-        "(mask_base, (0, 0, 0), idx_n, exists, KEYS)",
-        "(0, (0, 0, 0), idx_n, exists, KEYS)",
+        "(mask_base, mask_strides, idx_n, exists, KEYS, scored)",
+        "(mask_base, (0, 0, 0), idx_n, exists, KEYS, scored)",
+        "(0, (0, 0, 0), idx_n, exists, KEYS, scored)",
     ],
     "SHAPE": ["(BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)"],
-    "SCORES": [f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {f})" for f in ("0", NAME)],
+    "SCORES": [
+        f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {mask}, {score})"
+        for mask in ("0", "computed_mask")
+        for score in ("False, 0, 0", "True, computed_score, computed_derivative")
+    ],
+    "scored": ["(captured_by_score, idx_b, first_head)"],
     "spans_base": ["SPANS + idx_b * (#) + key_head * (#)"],
     "span": [
         f"{_ROOM}.span_of(spans_base, #, #, key_tile * BLOCK_N, KEYS, GRANULE, BLOCK_N)",

@@ -1,7 +1,7 @@
-"""The function by which an attention kernel computes its mask: each element by operations on its own indices.
+"""The functions by which an attention kernel computes its mask, and what a score_mod makes of a score.
 
-It is a line of assignments without a loop or a branch; what it calls says nothing of other elements, of programs or of
-tiles, so no schedule can reach its result. Its name, and what it is called with, are those of ``triton_attention.py``.
+Each is a line of assignments without a loop or a branch; what it calls says nothing of other elements, of programs or
+of tiles, so no schedule can reach its result. Where they are called is the business of ``triton_attention.py``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ from .syntax import assigned, dotted
 if TYPE_CHECKING:
     from .triton_kernel import TritonKernel
 
-NAME = "computed_mask"
-_PARAMETERS = ["idx_b", "idx_h", "idx_m", "idx_n", "captured"]
+_INDICES = ["idx_b", "idx_h", "idx_m", "idx_n", "captured"]
+#: Name -> parameters, and the tuple of the kernel that its last one is.
+FUNCTIONS = {
+    "computed_mask": (_INDICES, "captured"),
+    "computed_score": (["score", *_INDICES], "captured_by_score"),
+    "computed_derivative": (["score", "gradient", *_INDICES], "captured_by_score"),
+}
+#: Constants that say whether there is one.
+_FLAGS = {"COMPUTED": "computed_mask", "SCORED": "computed_score", "DERIVED": "computed_derivative"}
 _CAPTURED = re.compile(r"captured\[\d+\]")
 #: Elementwise functions, and ``load``, which reads where an element's own indices say.
 _CALLS = {
@@ -32,61 +39,79 @@ _CALLS = {
 }
 
 
-class ComputedMask:
-    """The function in the file of ``kernel``, if it has one."""
+class ComputedFunctions:
+    """The functions in the file of ``kernel``."""
 
     def __init__(self, kernel: TritonKernel) -> None:
         self.kernel = kernel
-        found = [n for n in kernel.module.body if isinstance(n, ast.FunctionDef) and n is not kernel.function]
-        self.function = found[0] if len(found) == 1 and found[0].name == NAME else None
+        self.functions = [
+            node
+            for node in kernel.module.body
+            if isinstance(node, ast.FunctionDef) and node is not kernel.function and node.name in FUNCTIONS
+        ]
 
     def check(self, elementwise: frozenset[str]) -> None:
         """``elementwise``: modules all of whose functions are."""
-        if self.function is None:
-            return
-        kernel, function = self.kernel, self.function
-        if [argument.arg for argument in function.args.args] != _PARAMETERS:
-            kernel.note("computed mask", function)
+        names = [function.name for function in self.functions]
+        if len(names) != len(set(names)):
+            self.kernel.note("computed", self.functions[-1], "two functions of one name")
+        used = set(re.findall(r"computed_\w+", self.kernel.text_of("SCORES")))
+        if used != set(names):
+            self.kernel.note(
+                "computed", None, f"{', '.join(sorted(used ^ set(names)))} without a use or a meaning"
+            )
+        for flag, name in _FLAGS.items():
+            if self.kernel.text_of(flag) not in ("", str(name in used)):
+                self.kernel.note("computed", self.kernel.assignments[flag])
+        for function in self.functions:
+            self._check_function(function, elementwise)
+
+    def _check_function(self, function: ast.FunctionDef, elementwise: frozenset[str]) -> None:
+        kernel = self.kernel
+        parameters, operands = FUNCTIONS[function.name]
+        if [argument.arg for argument in function.args.args] != parameters:
+            kernel.note("computed", function)
         if [dotted(decorator) for decorator in function.decorator_list] != ["triton.jit"]:
-            kernel.note("computed mask", function, "decorators")
+            kernel.note("computed", function, "decorators")
         *statements, last = function.body
         if not (isinstance(last, ast.Return) and isinstance(last.value, ast.Name)):
-            kernel.note("computed mask", last)
+            kernel.note("computed", last)
         for statement in statements:
-            self._check_statement(statement)
+            self._check_statement(statement, parameters)
+        reads = 0
         for node in ast.walk(ast.Module(statements, [])):
             if isinstance(node, ast.Call):
                 self._check_call(node, elementwise)
             elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
                 kernel.note("division", node)
             elif isinstance(node, (ast.Lambda, ast.comprehension, ast.NamedExpr, ast.Starred, ast.IfExp)):
-                kernel.note("computed mask", node, type(node).__name__)
+                kernel.note("computed", node, type(node).__name__)
             elif isinstance(node, ast.Name) and node.id == "captured":
-                self._reads_captured += 1
+                reads += 1
         unpacked = [
-            name for s in statements for name, v in assigned(s) if _CAPTURED.fullmatch(kernel.text(v))
+            (name, kernel.text(value))
+            for statement in statements
+            for name, value in assigned(statement)
+            if _CAPTURED.fullmatch(kernel.text(value))
         ]
-        places = [self._value(s) for s in statements if _CAPTURED.fullmatch(self._value(s))]
-        if self._reads_captured != len(places) or places != [f"captured[{n}]" for n in range(len(places))]:
-            kernel.note("computed mask", function, "captured is not unpacked")
-        if kernel.text_of("captured") != f"({', '.join(unpacked)}{',' if unpacked else ''})":
-            kernel.note("computed mask", kernel.assignments.get("captured"))
+        if [text for _, text in unpacked] != [f"captured[{n}]" for n in range(reads)]:
+            kernel.note("computed", function, "captured is not unpacked")
+        if (
+            kernel.text_of(operands)
+            != f"({', '.join(name for name, _ in unpacked)}{',' if unpacked else ''})"
+        ):
+            kernel.note("computed", kernel.assignments.get(operands), f"{operands} of {function.name}")
 
-    _reads_captured = 0
-
-    def _value(self, statement: ast.stmt) -> str:
-        return self.kernel.text(statement.value) if isinstance(statement, ast.Assign) else ""
-
-    def _check_statement(self, statement: ast.stmt) -> None:
+    def _check_statement(self, statement: ast.stmt, parameters: list[str]) -> None:
         is_assert = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
         is_assert = is_assert and dotted(statement.value.func) == "tl.device_assert"  # type: ignore[attr-defined]
         names = [name for name, value in assigned(statement) if value is not None]
         is_plain = isinstance(statement, ast.Assign) and len(names) == 1
         if not (is_assert or is_plain):
-            self.kernel.note("computed mask", statement)
+            self.kernel.note("computed", statement)
         for name in names:
-            if not re.fullmatch(r"\w+", name) or name in (*_PARAMETERS, "tl", "triton_helpers"):
-                self.kernel.note("computed mask", statement, f"{name} is rebound")
+            if not re.fullmatch(r"\w+", name) or name in (*parameters, "tl", "triton_helpers"):
+                self.kernel.note("computed", statement, f"{name} is rebound")
 
     def _check_call(self, call: ast.Call, elementwise: frozenset[str]) -> None:
         name = dotted(call.func)
@@ -94,4 +119,4 @@ class ComputedMask:
         is_known = function in _CALLS.get(owner, ()) or owner in elementwise
         is_cast = isinstance(call.func, ast.Attribute) and call.func.attr == "to" and not (name and is_known)
         if not (name and is_known) and not is_cast:
-            self.kernel.note("computed mask", call)
+            self.kernel.note("computed", call)

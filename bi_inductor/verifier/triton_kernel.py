@@ -11,7 +11,7 @@ from .syntax import KernelSyntax, assigned, carried, dotted
 from .triton_attention import CALLS as ATTENTION_CALLS
 from .triton_attention import AttentionProgram
 from .triton_attention_backward import CALLS as ATTENTION_BACKWARD_CALLS
-from .triton_computed import ComputedMask
+from .triton_computed import ComputedFunctions
 from .triton_copies import CALLS as COPY_CALLS
 from .triton_copies import ManyCopies
 from .triton_grouped import GroupedProduct
@@ -115,7 +115,7 @@ class TritonKernel(KernelSyntax):
         self.flags: dict[str, ast.Constant] = {}
         self.sums, self.attention = OrderedSums(self), AttentionProgram(self)
         self.product, self.copies = _product_of(self), ManyCopies(self)
-        self.computed = ComputedMask(self)
+        self.computed = ComputedFunctions(self)
 
     def check(self) -> None:
         """Everything but lengths, which need the wrapper and the forms."""
@@ -157,7 +157,7 @@ class TritonKernel(KernelSyntax):
             elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 if not self.line(node).startswith("triton_helpers.set_driver_to_"):
                     self.note("statement", node)
-            elif node is not self.function and node is not self.computed.function:
+            elif node is not self.function and node not in self.computed.functions:
                 self.note("statement", node)
         if self.function is None:
             self.report.add("statement", 1, "no function")

@@ -45,15 +45,6 @@ def inferred(fn: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return fn(images)
 
 
-def longest_kernels(fn: Callable[[], object], count: int) -> list[tuple[float, int, str]]:
-    """(microseconds in all, calls, name) of the ``count`` kernels that take longest."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        fn()
-        torch.cuda.synchronize()
-    found = [(event.self_device_time_total, event.count, event.key) for event in profile.key_averages()]
-    return sorted(found, reverse=True)[:count]
-
-
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(
@@ -78,10 +69,7 @@ def main() -> None:
         records.append({**record, **timing.machine()})
         if options.out:
             timing.write_csv(options.out, records, "python " + " ".join(sys.argv))
-        for name, fn in candidates.items() if options.kernels else ():
-            print(f"{name}, microseconds, calls:")
-            for taken, calls, kernel in longest_kernels(fn, options.kernels):
-                print(f"  {taken:9.1f} {calls:4d}  {kernel[:90]}")
+        timing.print_longest_kernels(candidates, options.kernels)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/flex.py --out benchmarks/results/flex.csv             # some minutes
     python benchmarks/flex.py --work forward --masks causal window          # a part of it
+    python benchmarks/flex.py --head-dims 128 --masks document --kernels 6  # where the time goes
 
 bf16, 32 query heads over 8 key heads; ``flex`` is batchinv's time over stock's (``torch.compile`` of the same
 function): below 1 is faster. BlockMasks are made beforehand, as stock needs them; batchinv evaluates ``mask_mod`` at
@@ -58,7 +59,10 @@ def mask_of(name: str, queries: int, keys: int) -> Callable[..., Tensor]:
     return document
 
 
-def measure(work: str, mask: str, head_dim: int, batch: int, queries: int, keys: int) -> dict[str, object]:
+def measure(
+    work: str, mask: str, head_dim: int, batch: int, queries: int, keys: int, kernels: int
+) -> dict[str, object]:
+    """One row of the result; prints the ``kernels`` that take longest."""
     torch._dynamo.reset()
     sizes = ((HEADS, queries), (KEY_HEADS, keys), (KEY_HEADS, keys))
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": work == "training"}
@@ -78,7 +82,9 @@ def measure(work: str, mask: str, head_dim: int, batch: int, queries: int, keys:
     compiled = {
         backend: torch.compile(attend, backend=backend, dynamic=False) for backend in ("batchinv", "inductor")
     }
-    times = timing.interleaved_medians({name: lambda fn=fn: step(fn) for name, fn in compiled.items()}, 20)
+    candidates = {name: lambda fn=fn: step(fn) for name, fn in compiled.items()}
+    times = timing.interleaved_medians(candidates, 20)
+    timing.print_longest_kernels(candidates, kernels)
     return {
         "work": work, "mask": mask, "head_dim": head_dim, "batch": batch, "queries": queries, "keys": keys,
         "batchinv_us": round(times["batchinv"], 1), "stock_us": round(times["inductor"], 1),
@@ -95,13 +101,14 @@ def main() -> None:
     parser.add_argument("--out", help="CSV file to write")
     parser.add_argument("--work", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--masks", nargs="+", default=list(masks), choices=masks)
+    parser.add_argument("--kernels", type=int, default=0, help="print this many of the longest kernels")
     parser.add_argument("--head-dims", nargs="+", type=int, default=[128, 64])
     arguments = parser.parse_args()
     records: list[dict[str, object]] = []
     for work, head_dim, mask in itertools.product(arguments.work, arguments.head_dims, arguments.masks):
         for case in CASES[work]:
             try:
-                record = measure(work, mask, head_dim, *case)
+                record = measure(work, mask, head_dim, *case, arguments.kernels)
             except Exception as error:
                 print(work, mask, head_dim, *case, "failed:", repr(error)[-300:], flush=True)
                 continue

@@ -52,6 +52,18 @@ def interleaved_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int = 40
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def print_longest_kernels(candidates: dict[str, Callable[[], object]], count: int) -> None:
+    """Microseconds in all, calls and name of the ``count`` kernels of each candidate that take longest."""
+    for name, fn in candidates.items() if count else ():
+        print(f"{name}, microseconds, calls:")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            fn()
+            torch.cuda.synchronize()
+        found = [(event.self_device_time_total, event.count, event.key) for event in profile.key_averages()]
+        for taken, calls, kernel in sorted(found, reverse=True)[:count]:
+            print(f"  {taken:9.1f} {calls:4d}  {kernel[:90]}")
+
+
 #: Bytes per second of the memory, by the vendor's datasheets: what no kernel can beat.
 _MEMORY_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12, "B200": 8.0e12}
 

@@ -8,7 +8,8 @@
 ``tiles``: None, or for a mask of bools its ``attention_tiles.attention_map``, which saves time and changes no bit.
 ``score``: "", or a program (``score_programs.py``) that a scaled score goes through before a mask of floats is added;
 with its ``derivative``, and what both read. ``logsumexp``: fp32, log2 of the sum of exp2 of the scores in log2 units;
--inf where no key is visible, and the output's row is 0 there. H is a multiple of Hk. Causal means key <= query, counted from the first of each.
+-inf where no key is visible, and the output's row is 0 there. H is a multiple of Hk. Causal means key <= query, counted
+from the first of each.
 """
 
 from __future__ import annotations

@@ -80,6 +80,8 @@ def run_of(kernels: Sequence[str], form: str) -> AttentionRun | None:
 
 def _run(text: str, split: bool) -> AttentionRun | None:
     values = _constants(text)
+    if values.get("COMPUTED") or values.get("SCORED"):
+        return None  # a doctor's masks are in memory, and it modifies no score
     types = {name: _DTYPES.get(element, element) for name, element in operand_types(text).items()}
     try:
         operands = {types[name] for name in "QKV"}

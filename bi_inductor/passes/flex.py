@@ -3,12 +3,12 @@
     t[j] = score_mod(s[j], b, h, i, j)  with s[j] = scale * sum_e q[e] * k[j, e] in fp32 (fp64 for fp64), -inf where
     mask_mod(b, h, i, j) is false       and a softmax and a product as in ``attention.py``
 
-Both functions are mapped over grids of indices, so their results are those of pointwise ops. Stock visits partial
-blocks before full ones and splits keys by the number of SMs; which keys are in which block changes no bit here. With a
-``score_mod`` that returns its score this is attention under a boolean mask: on a GPU the kernels of the ATTENTION form,
-and of its gradients. They leave out the tiles of keys of which no query of theirs sees anything; which those are is
-read off the mask (``attention_tiles.py``), not off the BlockMask, which may be anybody's. The mask is in memory, a byte
-for each query and key, once for all heads and batch entries that share it.
+Stock visits partial blocks before full ones and splits keys by the number of SMs; which keys are in which block changes
+no bit here. On a GPU this is the ATTENTION form, and its gradients, with a ``mask_mod`` for a mask of bools, a function
+of indices that kernels compute (``templates/computed.py``), and a ``score_mod`` for a program (``score_programs.py``).
+They leave out the tiles of keys of which no query of theirs sees anything; which those are is read off the mask
+(``attention_tiles.py``), not off the BlockMask, which may be anybody's. Without a kernel or a program both functions
+are mapped over grids of indices, so their results are those of pointwise ops, with all scores in memory.
 """
 
 from __future__ import annotations

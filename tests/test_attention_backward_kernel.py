@@ -14,7 +14,7 @@ from attention_gradients import composite_of, fused, operands
 from torch.torch_version import TorchVersion
 
 from bi_inductor import BatchInvarianceError, inspect, verifier
-from bi_inductor.attention_backward_op import attention_backward
+from bi_inductor.attention_backward_op import OVERLOAD, attention_backward
 from bi_inductor.attention_op import attention
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.offline import compile_offline
@@ -162,7 +162,7 @@ def test_emitted_code_is_clean(emitted, name):
 CORRUPTIONS = {
     "other precision": ("causal", r"'ieee'\n", "'tf32'\n"),
     "keys beyond the mask": ("causal", r"last_position \+ 1\)", "last_position + 2)"),
-    "rows that do not exist": ("mask", r"idx_m, exists, tiles\)", "idx_m, inside, tiles)"),
+    "rows that do not exist": ("mask", r"idx_m, exists, tiles, scored\)", "idx_m, inside, tiles, scored)"),
     "the span of other keys": ("mask", r"key_tile \* BLOCK_N, KEYS", "key_tile, KEYS"),
     "granules of another size": ("mask", r"GRANULE : tl.constexpr = 16", "GRANULE : tl.constexpr = 32"),
     "keys of another head": (
@@ -279,7 +279,8 @@ def test_the_op_and_its_gradients():
     inputs = [x.double() for x in operands(1, 4, 2, 2, 3, 4, 3, torch.float64) if x is not None]
     grad, query, key, value, logsumexp, delta = inputs
     logsumexp = logsumexp.clamp(min=-1)
-    torch.library.opcheck(attention_backward, (grad, query, key, value, None, logsumexp, delta, True, 0.3))
+    options = (True, 0.3, None, None, "", "", [])
+    torch.library.opcheck(OVERLOAD, (grad, query, key, value, None, logsumexp, delta, *options))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     torch.autograd.gradgradcheck(lambda *x: attention(*x, None, False, 0.3), leaves)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accuracy import assert_accurate
 
 from bi_inductor import contract, inspect, oracle, verifier
-from bi_inductor.attention_op import attention
+from bi_inductor.attention_op import OVERLOAD, attention
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.offline import compile_offline
 from bi_inductor.templates import triton_attention
@@ -231,7 +231,7 @@ CORRUPTIONS = {
     "other precision": ("prefill", r"'ieee'\n", "'tf32'\n"),
     "keys beyond the mask": ("prefill", r"last_position \+ 1\)", "last_position + 2)"),
     "not all keys": ("decode", r"end = KEYS", "end = KEYS - 1"),
-    "rows that do not exist": ("mask", r"idx_m, exists, tiles\)", "idx_m, inside, tiles)"),
+    "rows that do not exist": ("mask", r"idx_m, exists, tiles, scored\)", "idx_m, inside, tiles, scored)"),
     "full tiles too far": (
         "prefill",
         r"first_position \+ 1\) // BLOCK_N \*",
@@ -269,7 +269,7 @@ def test_a_corruption_is_found(emitted, name):
 def test_the_op_and_its_gradients():
     inputs = [x.double().requires_grad_() for x in operands(1, 4, 2, 2, 3, 4, 3, torch.float64)]
     mask = torch.randn(1, 4, 2, 3, dtype=torch.float64).requires_grad_()
-    torch.library.opcheck(attention, (*inputs, None, True, 0.3))
+    torch.library.opcheck(OVERLOAD, (*inputs, None, True, 0.3, None, "", "", []))
     torch.autograd.gradcheck(lambda *x: attention(*x, False, 0.3), (*inputs, mask), eps=1e-6, atol=1e-7)
     torch.autograd.gradcheck(lambda *x: attention(*x, None, True, 0.3), inputs, eps=1e-6, atol=1e-7)
 

@@ -95,6 +95,24 @@ def test_no_mask_is_in_memory(name, dynamic):
     assert not re.search(r"return \(.*\b70, 300\)", graphs[0].source)
 
 
+def test_what_a_mask_reads_comes_before_it_and_changes_after_it():
+    """Documents are counted in the graph, and the counter is overwritten when attention has run."""
+
+    def fn(query, key, value, extra):
+        counted = extra.ne(3).cumsum(0)
+        mask = (counted[:, None] >= counted) & (extra[:, None] >= extra)
+        out = given(query, key, value, mask)
+        extra.copy_(extra * 0 + 9)
+        return out
+
+    *inputs, extra = operands(150, 150)
+    counted = extra.ne(3).cumsum(0)
+    mask = (counted[:, None] >= counted) & (extra[:, None] >= extra)
+    (graph,) = inspect(fn, *inputs, extra).graphs
+    assert "COMPUTED, computed_mask" in graph.source
+    assert same_bits(run_in_interpreter(fn, *inputs, extra), run_in_interpreter(given, *inputs, mask))
+
+
 def test_a_mask_that_reads_more_than_it_has_is_in_memory():
     def fn(query, key, value, a, b):
         return given(query, key, value, a & b)

@@ -175,3 +175,60 @@ def test_the_kernel_in_the_interpreter():
 
     inputs = operands(1, 40, 40, torch.bfloat16)
     assert_accurate(run_in_interpreter(masked, *inputs), masked(*(x.double() for x in inputs)))
+
+
+def causal(b, h, q, k):
+    return q >= k
+
+
+def soft_cap_and_slope(score, b, h, q, k):
+    return 5 * torch.tanh(score / 5) + 0.01 * h * (k - q)
+
+
+def backwards(b, h, q, k):
+    return k <= q + 0
+
+
+def later(b, h, q, k):
+    return q + 1 >= k
+
+
+def earlier(b, h, q, k):
+    return q > k
+
+
+def and_near(b, h, q, k):
+    return (q >= k) & (q - k < 200)
+
+
+def blocks_of(mask_mod, query):
+    """A BlockMask of one block that is on ``query``'s device."""
+    count = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
+    index = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=query.device)
+    return BlockMask.from_kv_blocks(count, index, BLOCK_SIZE=128, mask_mod=mask_mod, seq_lengths=(100, 100))
+
+
+@pytest.mark.parametrize("mask_mod", [causal, backwards])
+@pytest.mark.parametrize("score_mod", [None, soft_cap_and_slope], ids=["plain", "scored"])
+def test_a_mask_that_is_causal_needs_no_map_and_has_its_bits(mask_mod, score_mod):
+    """``and_near`` says the same of 100 keys, and is a mask that the kernels compute."""
+
+    def attend(mask_mod):
+        return lambda q, k, v: flex_attention(q, k, v, score_mod, blocks_of(mask_mod, q), enable_gqa=True)
+
+    inputs = operands(dtype=torch.bfloat16)
+    (graph,) = inspect(attend(mask_mod), *inputs).graphs
+    assert "CAUSAL : tl.constexpr = True" in graph.source and "computed_mask" not in graph.source
+    (graph,) = inspect(attend(and_near), *inputs).graphs
+    assert "CAUSAL : tl.constexpr = False" in graph.source and "computed_mask" in graph.source
+    expected = run_in_interpreter(attend(and_near), *inputs)
+    assert same_bits(run_in_interpreter(attend(mask_mod), *inputs), expected)
+
+
+@pytest.mark.parametrize("mask_mod", [later, earlier, and_near])
+def test_what_is_not_causal_is_a_mask(mask_mod):
+    def attend(q, k, v):
+        return flex_attention(q, k, v, block_mask=blocks_of(mask_mod, q), enable_gqa=True)
+
+    (graph,) = inspect(attend, *operands(dtype=torch.bfloat16)).graphs
+    assert "CAUSAL : tl.constexpr = False" in graph.source and "computed_mask" in graph.source

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bi_inductor import inspect, verifier
 from bi_inductor.attention_backward_op import attention_backward
-from bi_inductor.attention_op import attention
+from bi_inductor.attention_op import OVERLOAD, attention
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.measurement_attention import run_of
 from bi_inductor.score_programs import programs_of, run, run_on_grid
@@ -100,6 +100,17 @@ def test_what_has_no_program(score_mod, captured):
         query = torch.empty(2, 4, 8, 16, dtype=torch.bfloat16)
         fakes = [mode.from_tensor(x) for x in captured]
     assert programs_of(torch.fx.symbolic_trace(score_mod), query, fakes) is None
+
+
+def test_the_op_with_a_program():
+    """As PyTorch checks ops; its gradient is that of the plain ops, and so is the gradient of that."""
+    forward, derivative = programs("alibi")
+    leaves = [x.double().requires_grad_() for x in operands(3, 5, 4, dtype=torch.float64)]
+    options = (None, False, 0.3, None, forward, derivative, [SLOPES.double()])
+    torch.library.opcheck(OVERLOAD, (*leaves, *options))
+    torch.autograd.gradcheck(lambda *x: attention(*x, *options), leaves, eps=1e-6, atol=1e-7)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.vmap(lambda *x: attention(*x, *options))(*(x[None] for x in leaves))
 
 
 def biased(query, key, value, mask, captured):

@@ -14,6 +14,7 @@ are mapped over grids of indices, so their results are those of pointwise ops, w
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +67,11 @@ def flex_attention(
         largest = modified.detach().amax(-1) * LOG2_E
         is_constant = not any(isinstance(x, Tensor) and x.requires_grad for x in score_mod_other_buffers)
         if has_kernel(query, key, value) and (is_plain or (programs is not None and is_constant)):
-            tiles = None if visible is None else tiles_of(visible, query, key, value)
+            is_causal = _is_causal(block_mask[-1])
+            mask = None if is_causal else visible
+            tiles = None if mask is None else tiles_of(mask, query, key, value)
             modified_by = () if is_plain or programs is None else (*programs, list(score_mod_other_buffers))
-            output, logsumexp = attention(query, key, value, visible, False, scale, tiles, *modified_by)
+            output, logsumexp = attention(query, key, value, mask, is_causal, scale, tiles, *modified_by)
             return output, logsumexp, largest
         probabilities = torch.ops.aten._safe_softmax.default(modified, -1)
         output = grouped_product(probabilities, value, bmm_rounding)
@@ -110,6 +113,24 @@ def _reads(mask_mod: GraphModule) -> list[bool]:
 def _hides_nothing(mask_mod: GraphModule) -> bool:
     """True for a mask of ones, which is what no ``mask_mod`` is."""
     return [n.target for n in mask_mod.graph.nodes if n.op not in ("placeholder", "output")] == ["new_ones"]
+
+
+def _is_causal(mask_mod: GraphModule) -> bool:
+    """True if the mask is written as ``i >= j``, which kernels know without a map; an added 0 is nothing."""
+    _, _, query, key, *_ = (node for node in mask_mod.graph.nodes if node.op == "placeholder")
+    (result,) = next(node for node in reversed(mask_mod.graph.nodes) if node.op == "output").args
+    if not isinstance(result, Node) or len(result.args) != 2:
+        return False
+    sides = [_without_zero(argument) for argument in result.args]
+    return (result.target in (operator.ge, torch.ge) and sides == [query, key]) or (
+        result.target in (operator.le, torch.le) and sides == [key, query]
+    )
+
+
+def _without_zero(x: Any) -> Any:
+    """What 0 is added to."""
+    is_sum = isinstance(x, Node) and x.target is operator.add and type(x.args[1]) is int and x.args[1] == 0
+    return _without_zero(x.args[0]) if is_sum else x
 
 
 def _refusal(node: Node) -> BatchInvarianceError | None:

@@ -138,6 +138,20 @@ def composite(
     )
 
 
+def captured_gradients(*arguments: Any) -> list[Tensor | None]:
+    """Gradients of what a score_mod reads, in plain ops with all scores in memory; ``arguments`` of ``composite``."""
+    *_, score, _, captured = arguments
+    before_derivative: Any = (*arguments[:-3], score, "", captured)
+    of_modified = composite(*before_derivative)[3]
+    _, query, key, *_, scale = arguments[:-3]
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in captured]
+    with torch.enable_grad():
+        modified = run_on_grid(score, (_products(query, key) * scale).detach(), (), leaves)
+        wanted = [x for x in leaves if x.requires_grad]
+        found = iter(torch.autograd.grad(modified, wanted, of_modified, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in leaves]
+
+
 def empty_heads(like: Tensor, width: Any) -> Tensor:
     """[B, H, L, ``width``] with the heads of one position beside each other: joining them is a view."""
     batch, heads, length, _ = like.shape

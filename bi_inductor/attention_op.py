@@ -25,6 +25,7 @@ from .attention_backward_op import (
     LOG2_E,
     as_batch,
     attention_backward,
+    captured_gradients,
     composite,
     empty_heads,
     scores,
@@ -96,7 +97,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Any, ...]:
     """``attention_backward_op.py``; its composite where a mask of floats needs a gradient, which is all of ds, and for
-    heads that its kernels do not hold."""
+    heads that its kernels do not hold. What a score_mod reads has gradients in plain ops."""
     query, key, value, mask, tiles, output, logsumexp, *captured = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
@@ -105,7 +106,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> t
         delta = delta - grad_logsumexp * LOG2_E
     inputs = (grad, query, key, value, mask, logsumexp, delta, ctx.is_causal, ctx.scale)
     modified = (*ctx.programs, captured)
-    dmask = None
+    dmask, of_captured = None, [None] * len(captured)
+    if any(ctx.needs_input_grad[9]):
+        of_captured = captured_gradients(*inputs, *modified)
     needs_mask = ctx.needs_input_grad[3] and mask is not None
     widths = int(query.shape[-1]), int(value.shape[-1])
     if needs_mask or contract.attention_gradient_form(*widths, query.dtype) is None:
@@ -114,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> t
     else:
         spans = None if tiles is None else query_spans(mask, key.shape[1])
         dq, dk, dv = attention_backward(*inputs, tiles, spans, *modified)
-    return dq, dk, dv, dmask, *[None] * 5, [None] * len(captured)
+    return dq, dk, dv, dmask, *[None] * 5, of_captured
 
 
 torch.library.register_autograd("bi_inductor::attention", _backward, setup_context=_save, lib=_LIBRARY)

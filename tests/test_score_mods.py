@@ -113,6 +113,40 @@ def test_the_op_with_a_program():
         torch.vmap(lambda *x: attention(*x, *options))(*(x[None] for x in leaves))
 
 
+@pytest.mark.parametrize("name", ["alibi", "relative"])
+def test_gradients_of_what_a_program_reads(name):
+    score_mod, (captured,) = MODS[name]
+    forward, derivative = programs(name, torch.float32)
+    leaves = [x.double().requires_grad_() for x in (*operands(5, 9, dtype=torch.float64), captured)]
+
+    def fn(query, key, value, captured):
+        return attention(query, key, value, None, False, 0.25, None, forward, derivative, [captured])[0]
+
+    query, key, value, read = leaves
+    products = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.25
+    exact = score_mod(products, *places(products.shape), read).softmax(-1) @ value.repeat_interleave(2, 1)
+    grad = torch.randn(exact.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(exact, leaves, grad)
+    torch.testing.assert_close(torch.autograd.grad(fn(*leaves), leaves, grad), expected)
+
+
+def test_what_needs_a_gradient_changes_no_bit_of_the_result():
+    """The forward is the same kernel, and so are the gradients of queries, keys and values."""
+    forward, derivative = programs("alibi")
+
+    def fn(query, key, value, slopes):
+        return attention(query, key, value, None, False, 0.25, None, forward, derivative, [slopes])[0]
+
+    made = []
+    for needs_gradient in (False, True):
+        inputs = [x.requires_grad_() for x in operands(40, 70)]
+        graphs = inspect(fn, *inputs, SLOPES.clone().requires_grad_(needs_gradient), backward=True).graphs
+        made.append(graphs)
+        assert all("attention" in graph.source and "computed_score" in graph.source for graph in graphs)
+    assert made[0][0].certificate.fingerprint == made[1][0].certificate.fingerprint
+    assert ["tl.dot(" in graphs[1].source for graphs in made] == [False, True]
+
+
 def biased(query, key, value, mask, captured):
     """Additive, as a mask of floats."""
     return attention(query, key, value, mask, False, 0.25)

@@ -65,8 +65,7 @@ def flex_attention(
             scores = _mapped(score_mod, indices, score_mod_other_buffers, scores).to(scores.dtype)
         modified = scores if visible is None else torch.where(visible, scores, -math.inf)
         largest = modified.detach().amax(-1) * LOG2_E
-        is_constant = not any(isinstance(x, Tensor) and x.requires_grad for x in score_mod_other_buffers)
-        if has_kernel(query, key, value) and (is_plain or (programs is not None and is_constant)):
+        if has_kernel(query, key, value) and (is_plain or programs is not None):
             is_causal = _is_causal(block_mask[-1])
             mask = None if is_causal else visible
             tiles = None if mask is None else tiles_of(mask, query, key, value)

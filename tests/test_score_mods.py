@@ -258,6 +258,27 @@ def test_scores_are_in_no_memory():
     )
 
 
+def test_what_a_program_reads_may_be_computed_in_the_graph():
+    slopes = SLOPES / 2
+
+    def fn(query, key, value, twice):
+        slopes = twice.cos() * 0 + twice / 2
+
+        def modified(score, b, h, i, j):
+            return alibi(score, b, h, i, j, slopes)
+
+        return flex_attention(query, key, value, score_mod=modified, enable_gqa=True)
+
+    forward, derivative = programs("alibi")
+
+    def expected(query, key, value, slopes):
+        return attention(query, key, value, None, False, 0.25, None, forward, derivative, [slopes])[0]
+
+    inputs = operands(40, 70)
+    found = run_in_interpreter(fn, *inputs, slopes * 2)
+    assert same_bits(found, run_in_interpreter(expected, *inputs, slopes))
+
+
 def test_the_fingerprint_knows_the_function_and_not_the_batch():
     def other_cap(score, b, h, i, j):
         return 4.0 * torch.tanh(score / 4.0)

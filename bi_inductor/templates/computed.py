@@ -132,9 +132,9 @@ def programmed(
         view(iota(length, **options), [length if dim == other else 1 for other in range(4)])
         for dim, length in enumerate(size)
     ]
-    extra = [gradient] if is_derivative else []
+    inputs = [score, *places, *([gradient] if is_derivative else []), *map(realized, captured)]
     before = len(V.graph.operations)
-    result = run(program, [score, *places, *extra, *map(realized, captured)], V.graph.call_function)
+    result = run(program, inputs, V.graph.call_function)
     if len(V.graph.operations) != before:
         raise BatchInvarianceError(
             "flex_attention",

@@ -33,6 +33,11 @@ def relative(score, b, h, i, j, table):
     return score + table[(i - j).abs()]
 
 
+def wrapped(score, b, h, i, j, table):
+    """Negative indices count from the end of the table."""
+    return score + table[j - i]
+
+
 def gated(score, b, h, i, j):
     return torch.where(i >= j, score * torch.sigmoid(score), -torch.inf)
 
@@ -46,6 +51,7 @@ MODS = {
     "soft_cap": (soft_cap, ()),
     "alibi": (alibi, (SLOPES,)),
     "relative": (relative, (torch.linspace(0, -3, 1000),)),
+    "wrapped": (wrapped, (torch.linspace(0, -3, 1000),)),
     "gated": (gated, ()),
     "by_batch": (by_batch, ()),
 }
@@ -161,7 +167,7 @@ def scored(name):
     return fn
 
 
-@pytest.mark.parametrize("name", ["alibi", "relative"])
+@pytest.mark.parametrize("name", ["alibi", "relative", "wrapped"])
 @pytest.mark.parametrize("queries, keys", [(3, 600), (40, 150)], ids=["split", "in sequence"])
 def test_what_is_added_has_the_bits_of_a_mask(name, queries, keys):
     inputs, captured = operands(queries, keys), list(MODS[name][1])

@@ -157,7 +157,7 @@ def test_blocks_without_a_mask_mod_are_refused():
     assert "mask_mod" in caught.value.remedy
 
 
-def test_a_mask_alone_is_the_attention_kernel_and_a_score_mod_is_not():
+def test_a_mask_alone_is_the_attention_kernel_and_a_score_mod_that_copies_to_the_gpu_is_not():
     def masked(q, k, v):
         return with_mask(window, 32, device=q.device)(q, k, v)
 

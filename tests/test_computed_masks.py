@@ -74,17 +74,22 @@ def given(query, key, value, mask):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("queries", [3, 40], ids=["split", "in sequence"])
+@pytest.mark.parametrize(
+    ("name", "queries"),
+    [*((name, 40) for name in MASKS), *((name, 3) for name in ("documents", "padded", "alibi"))],
+)
 def test_the_bits_of_the_mask_in_memory(name, queries):
+    """Chunks in sequence, and with few queries side by side."""
     *inputs, extra = operands(queries, 600 if queries == 3 else 150)
     mask = MASKS[name](queries, inputs[1].shape[2], extra)
     found = run_in_interpreter(attend(MASKS[name]), *inputs, extra)
     assert same_bits(found, run_in_interpreter(given, *inputs, mask))
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [*((name, False) for name in MASKS), *((name, True) for name in ("documents", "padded"))],
+)
 def test_no_mask_is_in_memory(name, dynamic):
     """Neither in a forward nor for its gradients, which compute it again."""
     inputs = operands(70, 300)

@@ -77,6 +77,7 @@ def compile_graph(
     from .graph import refuse_or_warn
     from .host_numbers import refusals
     from .passes.canonicalize import canonicalize
+    from .passes.masks import share_masks
 
     unproven: list[BatchInvarianceError] = []
     floats = dynamo_floats(gm)
@@ -89,7 +90,7 @@ def compile_graph(
     def inner_compile(lowered: GraphModule, *args: Any, **kwargs: Any) -> Any:
         # The backward is compiled later, when the first gradient is asked for: outside the block below.
         with unwrapped(), scope.compiling(ours, unproven, patches=patches, floats=floats):
-            return compile_fx_inner(continue_sums(lowered), *args, **kwargs)
+            return compile_fx_inner(share_masks(continue_sums(lowered)), *args, **kwargs)
 
     with (
         unwrapped(),

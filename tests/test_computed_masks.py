@@ -136,6 +136,37 @@ def test_what_a_mask_draws_is_drawn_once():
     assert "tl.load(" in function and "draws." not in function
 
 
+def test_a_mask_of_an_op_with_two_results_is_in_memory():
+    def by_exponent(queries, keys, extra):
+        i, j = positions(queries, keys, extra.device)
+        return torch.frexp(i.float() + j)[1] < 8
+
+    *inputs, extra = operands(70, 100)
+    (graph,) = inspect(attend(by_exponent), *inputs, extra).graphs
+    assert "arg_MASKS" in graph.source and "COMPUTED, 0, SCALE_FIRST" in graph.source
+
+
+def test_layers_share_a_mask_and_its_map():
+    """Each layer writes it again; a graph for inference would have it once for each."""
+
+    def layers(query, key, value, extra):
+        for _ in range(3):
+            query = attend(documents)(query, key, value, extra)
+        return query
+
+    (graph,) = inspect(layers, *operands(70, 70)).graphs
+    assert graph.source.count("attention.map_row(") == 1 and graph.source.count("attention.all_chunks(") >= 1
+    assert len(re.findall(r"attention_map\w*\.run\(", graph.source)) == 1
+
+
+def test_other_masks_have_maps_of_their_own():
+    def layers(query, key, value, extra):
+        return attend(documents)(attend(causal)(query, key, value, extra), key, value, extra)
+
+    (graph,) = inspect(layers, *operands(70, 70)).graphs
+    assert len(re.findall(r"attention_map\w*\.run\(", graph.source)) == 2
+
+
 def test_one_fingerprint_for_every_batch():
     prints = set()
     for batch in (1, 2):

@@ -99,6 +99,35 @@ def test_a_mask_of_bytes_would_change_what_a_step_adds(monkeypatch):
         certify(masked, *CASES["a mask of bools"][1], ir=True, batch_dim=None)
 
 
+def padded(query, key, value, exists):
+    """The kernel computes the mask, from bytes."""
+    places = torch.arange(600, device=query.device)
+    mask = exists[:, None, None, :] & (places[:70, None] + 530 >= places)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+@triton.jit
+def _as_it_is(values):
+    return values
+
+
+def test_so_would_a_mask_that_is_computed_from_bytes(monkeypatch):
+    """The guard in ``mask_of`` taken away."""
+
+    def steps_of_padded():
+        torch._dynamo.reset()
+        with mock.patch.object(triton_attention, "schedule_for", lambda *_: SCHEDULES[0]):
+            (graph,) = inspect(padded, QUERY, KEYS, KEYS, torch.ones(1, 600, dtype=torch.bool)).graphs
+        assert "COMPUTED, computed_mask" in graph.source
+        (kernel,) = [item for item in graph.kernels.items() if "attention.one_chunk(" in item[1]]
+        with virtual_gpu("sm_90") as device:
+            return steps_of(Lowering(kernel[1], kernel[0], device).lowered(0).ttgir)
+
+    assert not steps_of_padded().wrong
+    monkeypatch.setattr(attention, "through_reduction", _as_it_is)
+    assert steps_of_padded().wrong
+
+
 # The order of additions, from scores to the output.
 
 FORM = ("attention", (64, 512, 8192, 2048))

@@ -739,6 +739,14 @@ def test_tensors_past_int32_are_admitted():
     assert "R0_BLOCK)[None, :].to(tl.int64)" in graph.source
 
 
+def test_an_extremum_of_rows_with_a_rest_keeps_what_it_found():
+    """Teeth for the next one: what is past the end of a row must not be taken for an element."""
+    (graph,) = inspect(lambda x: x.amax(-1), torch.empty(4096, 128_256, device="meta")).graphs
+    kept = re.compile(r"(_tmp\d+) = tl\.where\(r0_mask, (tmp\d+), \1\)\n")
+    assert kept.search(graph.source)
+    assert verifier.verify(kept.sub(r"\1 = \2\n", graph.source), graph.certificate)
+
+
 def test_an_extremum_of_rows_without_a_rest_is_admitted():
     """Where no element of a block is past the end, what was found is kept without ``tl.where``."""
 

@@ -1,18 +1,23 @@
-"""Masks made of positions are computed again for gradients: they cost nothing there (``templates/computed.py``).
+"""Masks made of positions: one of those that say the same is enough, and gradients compute them again.
 
-AOTAutograd's partitioner would keep a mask from the forward, all [queries, keys] of it, because an op that is none of
-Inductor's own needs it: what such an op reads, it takes for something that memory has to hold.
+Both are about where they cost nothing (``templates/computed.py``), and change no bit. The layers of a model write the
+same mask again and again; where AOTAutograd makes a graph for inference it leaves them as they are, and each would have
+a map of its own. AOTAutograd's partitioner would keep a mask from the forward, all [queries, keys] of it, because an op
+that is none of Inductor's own needs it: what such an op reads, it takes for something that memory has to hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import CheckpointPolicy
 
 from bi_inductor.attention_op import OVERLOAD
+from bi_inductor.attention_tiles import attention_map
 
 _aten, _prims = torch.ops.aten, torch.ops.prims
 #: Ops that make a tensor of numbers, or look at one in another shape. With pointwise ops, what is computed again.
@@ -45,6 +50,20 @@ def recompute_masks(joint: GraphModule) -> None:
         if node.target is OVERLOAD and isinstance(node.args[3], Node):
             for made in _computation(node.args[3]):
                 made.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
+
+
+def share_masks(gm: GraphModule) -> GraphModule:
+    """Let maps of tiles, and what computes their masks, stand once in a graph of ATen ops; returns ``gm``."""
+    maps = [node for node in gm.graph.nodes if node.target is attention_map]
+    shared = {node for made in maps for node in (made, *_computation(made.args[0]))}
+    first: dict[Any, Node] = {}
+    for node in [node for node in gm.graph.nodes if node in shared]:
+        leaves, structure = tree_flatten((node.args, node.kwargs))
+        known = first.setdefault((node.target, str(structure), *((type(x), str(x)) for x in leaves)), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            gm.graph.erase_node(node)
+    return gm
 
 
 def _computation(mask: Node) -> Iterable[Node]:

@@ -33,11 +33,6 @@ INDICES = ("idx_b", "idx_h", "idx_m", "idx_n")
 CAPTURED = "captured"
 #: Buffers that stand for what functions are given.
 _PLACEHOLDERS = {"batchinv_score": "score", "batchinv_gradient": "gradient"}
-#: Operations that belong to a place in a kernel of their own.
-_NOT_HERE = frozenset(
-    "bucketize frexp halide_clamp inline_asm_elementwise load_seed masked_scatter_with_index rand randint64 randn "
-    "reduction scan sort store store_reduction welford_reduce".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +75,15 @@ class Functions:
 def computed(x: ir.TensorBox) -> Computed | None:
     """What computes an element of ``x`` (four dims), or None where memory holds it, or should.
 
-    It should where the operations read more elements than ``x`` has (an expanded dim counts once), or draw numbers.
+    It should where the operations read more elements than ``x`` has (an expanded dim counts once), or one of them has
+    two results.
     """
     node, count = _unrealized(x)
     if node is None:
         return None
     with mock.patch.object(ir.FlexibleLayout, "allow_indexing", True):
         made = _function_of(x)
-    if not _NOT_HERE.isdisjoint(made.body.op_counts):
+    if "frexp" in made.body.op_counts:
         return None
     buffers = [V.graph.try_get_buffer(dep.name) for dep in made.read_writes.reads]
     if not all(isinstance(b, ir.IRNode) and b.get_device() == x.get_device() for b in buffers):

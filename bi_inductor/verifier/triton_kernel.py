@@ -240,7 +240,9 @@ class TritonKernel(KernelSyntax):
         line = self.line(statement)
         if line.startswith(f"{name} = ordered.push_"):  # the rules for sums look at the rest of it
             return True
-        match = re.fullmatch(rf"{name} = (?:tl\.where\([^,]+, (\w+), {name}\)|(\w+))", line)
-        updated = self.text_of(match[1] or match[2]) if match else ""
+        match = re.fullmatch(rf"{name} = tl\.where\([^,]+, (\w+), {name}\)", line)
+        if self.text_of("r0_mask").startswith("tl.full("):  # no element of a block is past the end
+            match = match or re.fullmatch(rf"{name} = (\w+)", line)
+        updated = self.text_of(match[1]) if match else ""
         carried_name = name.removesuffix("_index")
         return bool(re.fullmatch(_EXACT_STEP.format(name=carried_name), updated, re.DOTALL))

@@ -62,9 +62,10 @@ LAYERS = {
 
 
 @pytest.fixture
-def cudnn_in_fp32(monkeypatch):
+def cudnn_in_fp32():
     """Eager layers on a GPU are cuDNN's, which multiplies fp32 as TF32 unless it is told not to; ours are fp32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.mark.lengthy

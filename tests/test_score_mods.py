@@ -243,6 +243,31 @@ def test_kernels_agree_with_plain_ops(name):
     torch.testing.assert_close([x.double() for x in gradients], list(expected), atol=1e-4, rtol=1e-4)
 
 
+def test_a_function_may_return_a_constant():
+    """It forgets the score, and so does its derivative."""
+    grad, *inputs = [torch.randn(2, h, 40, 16).bfloat16() for h in (4, 4, 2, 2)]
+    with FakeTensorMode():
+        gm = torch.fx.symbolic_trace(lambda score, b, h, i, j: torch.zeros_like(score))
+        forward, derivative = programs_of(gm, torch.empty(2, 4, 8, 16, dtype=torch.bfloat16), [])
+
+    def mean_of_values(query, key, value):
+        return attention(query, key, value, None, False, 0.25, None, forward, derivative, [])
+
+    def without_scores(query, key, value):
+        return attention(query * 0, key, value, None, False, 0.25)
+
+    found = run_in_interpreter(mean_of_values, *inputs)
+    assert all(map(same_bits, found, run_in_interpreter(without_scores, *inputs)))
+
+    def backward(grad, query, key, value, logsumexp, delta):
+        options = (False, 0.25, None, None, forward, derivative, [])
+        return attention_backward(grad, query, key, value, None, logsumexp, delta, *options)
+
+    delta = (grad.float() * found[0].float()).sum(-1)
+    for gradient in run_in_interpreter(backward, grad, *inputs, found[1], delta)[:2]:
+        assert not gradient.count_nonzero()
+
+
 def flex(score_mod, **options):
     def fn(query, key, value):
         return flex_attention(query, key, value, score_mod=score_mod, enable_gqa=True, **options)

@@ -155,7 +155,7 @@ def mask_of(mask_base, stride_mn, keys, key_count, exists, other, SCORES: tl.con
         captured, idx_b, idx_h, positions = mask_base
         FUNCTION: tl.constexpr = SCORES[6]
         values = FUNCTION(idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
-        values = tl.broadcast_to(values, exists.shape)
+        values = everywhere(values, exists)
         if WIDTH:
             values = through_reduction(values)
     else:
@@ -164,11 +164,19 @@ def mask_of(mask_base, stride_mn, keys, key_count, exists, other, SCORES: tl.con
 
 
 @triton.jit
+def everywhere(values, x):
+    """What a function of the kernel's file returned, in the shape [M, N] of ``x``; constants are [1]."""
+    if len(values.shape) == 1:
+        values = tl.expand_dims(values, 0)
+    return tl.broadcast_to(values, x.shape)
+
+
+@triton.jit
 def modified(t, keys, key_count, scored, FUNCTION: tl.constexpr):
     """The scores ``t`` [M, N] of ``keys`` [1, N] after a ``score_mod``, a function of the kernel's file."""
     captured, idx_b, idx_h, positions = scored
     result = FUNCTION(t, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
-    return tl.broadcast_to(result, t.shape)
+    return everywhere(result, t)
 
 
 @triton.jit

@@ -19,7 +19,17 @@ Sizes of tiles, warps, stages and how rows are packed into a tile of dq are free
 import triton
 import triton.language as tl
 
-from .attention import LOG2_E, load_rows, map_span, mask_of, modified, next_run, run_count, tile_words
+from .attention import (
+    LOG2_E,
+    everywhere,
+    load_rows,
+    map_span,
+    mask_of,
+    modified,
+    next_run,
+    run_count,
+    tile_words,
+)
 
 
 @triton.jit
@@ -78,7 +88,8 @@ def _of_product(ds, score, keys, key_count, scored, SCORES: tl.constexpr):
     if SCORES[7]:
         DERIVATIVE: tl.constexpr = SCORES[9]
         captured, idx_b, idx_h, positions = scored
-        ds = DERIVATIVE(score, ds, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
+        result = DERIVATIVE(score, ds, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
+        ds = everywhere(result, ds)
     return ds
 
 

@@ -115,7 +115,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_logsumexp: Tensor | None) -> t
         dq, dk, dv, ds = composite(*inputs, *modified)
         dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if needs_mask else None
     else:
-        spans = None if tiles is None else query_spans(mask, key.shape[1])
+        spans = None if tiles is None else query_spans(tiles, query.shape[2])
         dq, dk, dv = attention_backward(*inputs, tiles, spans, *modified)
     return dq, dk, dv, dmask, *[None] * 5, of_captured
 

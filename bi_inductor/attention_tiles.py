@@ -25,12 +25,11 @@ WORD = 32
 _LIBRARY.define("attention_map(Tensor visible, int groups, int tile) -> Tensor")
 attention_map = torch.ops.bi_inductor.attention_map.default
 """``attention_map(visible [b, h, L, S], groups, tile)``, b and h of a mask of bools may be 1 for all ->
-int32 [b, 1 or ``groups``, granules, 2 * words + 4].
+int32 [b, 1 or ``groups``, granules, 2 * words + 2].
 
 For each 16 queries and each 32 tiles of ``tile`` keys two words: bit t of the first says that a query, of any head of
-its group, sees a key of tile t, and of the second that one does not see all of them, of those that exist. Then the
-first tile of which something is seen and the one after the last ((32 * words, 0) if there is none); and the same of
-tiles with ``tile`` keys that all of the queries see, if no other tile is between them.
+its group, sees a key of tile t, and of the second that one does not see ``tile`` keys there. Then the first tile of
+which something is seen and the one after the last ((32 * words, 0) if there is none).
 """
 
 
@@ -40,7 +39,7 @@ def map_size(
     """The sizes of the map of a mask of sizes ``visible``; ``rounded_up(a, b)``: a / b."""
     batch, heads, queries, keys = visible
     group_count = 1 if heads == 1 else groups
-    return [batch, group_count, rounded_up(queries, GRANULE), rounded_up(keys, WORD * tile) * 2 + 4]
+    return [batch, group_count, rounded_up(queries, GRANULE), rounded_up(keys, WORD * tile) * 2 + 2]
 
 
 @torch.library.impl(_LIBRARY, "attention_map", "CompositeExplicitAutograd")
@@ -48,21 +47,17 @@ def _map_eager(visible: Tensor, groups: int, tile: int) -> Tensor:
     """Reference: the same in plain torch."""
     batch, heads, queries, keys = visible.shape
     *_, granules, width = shape = map_size(visible.shape, groups, tile)
-    words = (width - 4) // 2
+    words = (width - 2) // 2
     padding = (0, words * WORD * tile - keys, 0, granules * GRANULE - queries)
     size = (batch, shape[1], heads // shape[1], granules, GRANULE, words * WORD, tile)
     counts = F.pad(visible, padding, value=False).reshape(size).sum((2, 4, 6), dtype=torch.int32)
     places = torch.arange(words * WORD, device=visible.device)
     rows = (queries - torch.arange(granules, device=visible.device)[:, None] * GRANULE).clamp(max=GRANULE)
-    pairs = rows * (keys - places * tile).clamp(0, tile) * (heads // shape[1])
-    seen, whole = counts > 0, (counts == pairs) & ((places + 1) * tile <= keys)
-    bits = torch.stack([seen, counts < pairs], -2).unflatten(-1, (words, WORD)).long() << places[:WORD]
-    ends = [seen, whole]
-    first, start = (torch.where(x, places, words * WORD).amin(-1) for x in ends)
-    last, end = (torch.where(x, places + 1, 0).amax(-1) for x in ends)
-    end = torch.where(whole.sum(-1) == end - start, end, 0)
-    spans = torch.stack([first, last, start, end], -1)
-    return torch.cat([bits.sum(-1).transpose(-1, -2).flatten(-2), spans], -1).to(torch.int32)
+    seen, holes = counts > 0, counts < rows * tile * (heads // shape[1])
+    bits = torch.stack([seen, holes], -2).unflatten(-1, (words, WORD)).long() << places[:WORD]
+    first = torch.where(seen, places, words * WORD).amin(-1, keepdim=True)
+    last = torch.where(seen, places + 1, 0).amax(-1, keepdim=True)
+    return torch.cat([bits.sum(-1).transpose(-1, -2).flatten(-2), first, last], -1).to(torch.int32)
 
 
 @torch.library.register_fake("bi_inductor::attention_map", lib=_LIBRARY)
@@ -89,24 +84,20 @@ def maps_of(node: Node) -> tuple[Any, ...]:
 _MAPS = {"bi_inductor.attention.default": (6, 1), "bi_inductor.attention_backward.default": (9, 2)}
 
 
-def query_spans(visible: Tensor, groups: int) -> Tensor:
-    """``visible`` as above -> int32 [b, 1 or ``groups``, granules, 4].
+def query_spans(tiles: Tensor, queries: int) -> Tensor:
+    """``tiles``, a map of ``queries`` -> int32 [b, 1 or ``groups``, 32 * words, 4].
 
-    For each 16 keys the first query that sees one of them, of any head of the group, and the one after the last ((L, 0)
-    where none does); then, if the queries that see all of them have no other between them, those in the same way.
+    For each tile of keys the first query that may see one of them, of any head of the group, and the one after the last
+    ((L, 0) where none does); then, if the queries that see all of them have no other between them, those in the same
+    way. All are multiples of GRANULE, or L.
     """
-    batch, heads, queries, keys = visible.shape
-    granules = -(-keys // GRANULE)
-    group = (1, 1) if heads == 1 else (groups, heads // groups)
-    padding = (0, granules * GRANULE - keys)
-    size = (batch, *group, queries, granules, GRANULE)
-    counts = F.pad(visible, padding, value=False).reshape(size).sum((2, 5), dtype=torch.int32)
-    left = keys - torch.arange(granules, device=visible.device) * GRANULE
-    places = torch.arange(queries, device=visible.device, dtype=torch.int32)[:, None]
-    seen, whole = counts > 0, counts == torch.where(left < GRANULE, left, GRANULE) * group[1]
+    bits = torch.arange(WORD, dtype=torch.int32, device=tiles.device)
+    words = tiles[..., :-2].unflatten(-1, (-1, 2)).unsqueeze(-1)
+    seen, holes = (((words[..., kind, :] >> bits) & 1 != 0).flatten(-2) for kind in range(2))
+    places = torch.arange(seen.shape[-2], dtype=torch.int32, device=tiles.device)[:, None]
+    whole, none = seen & ~holes, int(seen.shape[-2])
     (first, last), (start, end) = (
-        (torch.where(x, places, queries).amin(-2), torch.where(x, places + 1, 0).amax(-2))
-        for x in (seen, whole)
+        (torch.where(x, places, none).amin(-2), torch.where(x, places + 1, 0).amax(-2)) for x in (seen, whole)
     )
     end = torch.where(whole.sum(-2, dtype=torch.int32) == end - start, end, 0)
-    return torch.stack([first, last, start, end], -1).to(torch.int32)
+    return (torch.stack([first, last, start, end], -1) * GRANULE).clamp(max=queries).to(torch.int32)

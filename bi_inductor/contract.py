@@ -207,7 +207,7 @@ def matmul_form(length: Length, dtype: Any, *, tf32: bool = False) -> Form:
 
 #: Chunks that decoding computes side by side. The near ones are short, so that one sequence of a few thousand keys
 #: fills a GPU; the far ones are long, since prefill pays for each border (H100, 8192 causal: 2 % of the time for 9).
-_NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK = 512, 8192, 2048
+_NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK = 512, 8192, 1024
 
 
 def attention_form(head_dim: int, value_dim: int, dtype: Any, *, tf32: bool = False) -> Attention | None:
@@ -220,11 +220,10 @@ def attention_form(head_dim: int, value_dim: int, dtype: Any, *, tf32: bool = Fa
     is_held = widest <= 256 or (widest <= 576 and value_dim <= 512 and name != "float32")
     if name not in ("bfloat16", "float16", "float32") or min(head_dim, value_dim) <= 0 or not is_held:
         return None
-    tile = 64 if widest <= 128 else 32
+    tile = (64 if widest <= 128 else 32) // (2 if name == "float32" else 1)
     accumulator = "tf32/float32" if tf32 and name == "float32" else "float32"
-    return Attention(
-        accumulator, tile // 2 if name == "float32" else tile, _NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK
-    )
+    # The tiles of a chunk fit in a word (``attention_tiles.py``).
+    return Attention(accumulator, tile, _NEAR_CHUNK, _NEAR_KEYS, min(_FAR_CHUNK, 32 * tile))
 
 
 def attention_gradient_form(

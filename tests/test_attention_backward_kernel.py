@@ -227,9 +227,9 @@ COMPILED = [
 )
 def test_every_schedule_compiles(width, dtype, target):
     """TTGIR is read on the way; a kernel may have 163 KB of shared memory on an A100."""
-    found = itertools.zip_longest(*templates.schedules(width, dtype.itemsize))
-    for number, (of_query, of_key) in enumerate(found):
-        of_query, of_key = of_query or of_key, of_key or of_query
+    of_queries, of_keys = templates.schedules(width, dtype.itemsize)
+    for number, (of_query, of_key) in enumerate(itertools.zip_longest(of_queries, of_keys)):
+        of_query, of_key = of_query or of_queries[0], of_key or of_keys[0]
         mask = "float32" if number == 0 else None
         inputs = operands(1, 4, 2, 80, 80, width, width, dtype, mask)
         with forced(of_query, of_key):

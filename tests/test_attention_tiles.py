@@ -42,32 +42,37 @@ def test_what_the_map_says(heads):
     mask[:, :, :16, 64:100] = True
     mask[1, -1, 16:] = False
     groups, tile = (2, 16) if heads == 4 else (1, 16)
-    tiles, spans = attention_map(mask, 2, tile), query_spans(mask, 2)
-    assert tiles.shape == (2, groups, 3, 8) and spans.shape == (2, groups, 44, 4)
+    tiles = attention_map(mask, 2, tile)
+    spans = query_spans(tiles, 37)
+    assert tiles.shape == (2, groups, 3, 6) and spans.shape == (2, groups, 64, 4)
     for b, group in ((b, g) for b in range(2) for g in range(groups)):
         here = mask[b, group * 2 : group * 2 + 2] if heads == 4 else mask[b]
         for granule, key_tile in ((g, t) for g in range(3) for t in range(44)):
             block = here[:, granule * GRANULE :, key_tile * tile :][:, :GRANULE, :tile]
             seen, holes = tiles[b, group, granule, 2 * (key_tile // WORD) :][:2] >> key_tile % WORD & 1
-            assert (seen, holes) == (block.any(), not block.all())
-            first, last, whole, until = tiles[b, group, granule, -4:].tolist()
+            assert (seen, holes) == (block.any(), not block.all() or block.shape[-1] < tile)
+            first, last = tiles[b, group, granule, -2:].tolist()
             assert first <= key_tile < last or not seen
-            assert not whole <= key_tile < until or (seen and not holes and block.shape[-1] == tile)
-        for granule, span in enumerate(spans[b, group]):
-            block = here[:, :, granule * GRANULE :][:, :, :GRANULE]
-            queries = block.any(0).any(-1).nonzero().flatten().tolist()
+        for key_tile, span in enumerate(spans[b, group]):
+            block = here[:, :, key_tile * tile :][:, :, :tile]
+            granules = (block.any(0).any(-1).nonzero().flatten() // GRANULE * GRANULE).tolist()
             first, last, whole, until = span.tolist()
-            assert [first, last] == ([queries[0], queries[-1] + 1] if queries else [37, 0])
+            assert [first, last] == ([granules[0], min(granules[-1] + GRANULE, 37)] if granules else [37, 0])
             assert until <= last and block[:, whole:until].all()
 
 
 def test_spans_of_a_window_are_as_long_as_they_can_be():
     """What only some of the keys see is at both ends."""
-    mask = band(200, 200, 40, 0)[None, None]
-    for granule, (first, last, whole, until) in enumerate(query_spans(mask, 1)[0, 0].tolist()):
-        block = mask[0, 0, :, granule * GRANULE :][:, :GRANULE]
-        assert block[whole:until].all() and until - whole == int(block.all(-1).sum())
-        assert not block[:first].any() and not block[last:].any()
+    mask = band(208, 208, 40, 0)[None, None]
+    for tile, (first, last, whole, until) in enumerate(
+        query_spans(attention_map(mask, 1, 16), 208)[0, 0, :13].tolist()
+    ):
+        block = mask[0, 0, :, tile * 16 :][:, :16].unflatten(0, (-1, GRANULE))
+        assert (
+            block[whole // GRANULE : until // GRANULE].all()
+            and until - whole == int(block.all(-1).all(-1).sum()) * GRANULE
+        )
+        assert not block[: first // GRANULE].any() and not block[last // GRANULE :].any() and first < last
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -91,6 +96,88 @@ def test_the_kernel_of_the_map(heads, keys):
     assert torch.equal(found, attention_map(masks[1][:, :1], 2, tile))
 
 
+def places(queries, keys, device):
+    return torch.arange(queries, device=device)[:, None] + keys - queries, torch.arange(keys, device=device)
+
+
+def causal(i, j, extra):
+    return i >= j
+
+
+def window(i, j, extra):
+    return (i >= j) & (i - j < 100)
+
+
+def around(i, j, extra):
+    return (i - j).abs() < 70
+
+
+def not_causal(i, j, extra):
+    return ~(i >= j) | (j == i) & (i != 40)
+
+
+def blocks(i, j, extra):
+    return i // 128 >= j // 128
+
+
+def documents(i, j, extra):
+    ascending = extra.sort().values
+    return (i >= j) & (ascending[i] == ascending[j])
+
+
+def shuffled(i, j, extra):
+    """Documents whose numbers do not ascend."""
+    return (i <= j) & (extra[i] == extra[j])
+
+
+def pairs_of_blocks(i, j, extra):
+    """Read from a table of blocks."""
+    return extra[: 6 * 6].reshape(6, 6)[i // 128, j // 128] > 2
+
+
+def padded(i, j, extra):
+    lengths = extra[:2, None, None, None] * 50 + 20
+    return (j < lengths) & (i < lengths + 300)
+
+
+def by_head(i, j, extra):
+    return (i >= j) & (i - j < 30 * torch.arange(1, 5, device=extra.device)[:, None, None])
+
+
+def by_float(i, j, extra):
+    return i.float() * 0.5 >= j
+
+
+#: Mask -> whether its bounds are those of all its pairs; None: it has none.
+BOUNDED = {
+    causal: True, window: True, around: True, not_causal: False, blocks: True, documents: True, shuffled: False,
+    pairs_of_blocks: None, padded: True, by_head: True, by_float: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("mask", BOUNDED, ids=lambda mask: mask.__name__)
+def test_bounds_are_never_wrong(mask, dynamic):
+    """No tile is said to be hidden, or to hide nothing, that does not; most are known exactly."""
+    queries, keys = 215, 700
+    extra = torch.randint(0, 9, (keys,), generator=torch.Generator().manual_seed(0))
+
+    def fn(extra, like):
+        visible = mask(*places(like.shape[0], extra.shape[0], extra.device), extra)
+        visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
+        return attention_map(visible, 2, 64)
+
+    like = torch.empty(queries)
+    found, expected = run_in_interpreter(fn, extra, like, dynamic=dynamic), fn(extra, like)
+    (graph,) = inspect(fn, extra, like, dynamic=dynamic).graphs
+    assert ("attention_map.bounded_rows(" in graph.source) == (BOUNDED[mask] is not None)
+    if BOUNDED[mask] is not False:
+        assert torch.equal(found, expected)
+    assert not (expected[..., :-2] & ~found[..., :-2]).any()
+    assert (found[..., -2] <= expected[..., -2]).all() and (found[..., -1] >= expected[..., -1]).all()
+    assert not torch.equal(found[..., :-2] & 1, torch.ones_like(found[..., :-2])), "something is known"
+
+
 @pytest.mark.parametrize("queries", [1, 17], ids=["split", "in sequence"])
 def test_the_map_changes_no_bit(queries):
     """Many tiles are hidden, some in whole chunks, and some hide nothing."""
@@ -109,7 +196,7 @@ def test_kernels_follow_the_map():
     found = run_in_interpreter(mapped, *inputs, mask, tiles)
     output, logsumexp = run_in_interpreter(mapped, *inputs, mask, torch.zeros_like(tiles))
     assert not output.any() and (logsumexp == -math.inf).all()
-    tiles[..., 1:-4:2] = 0  # no tile hides anything
+    tiles[..., 1:-2:2] = 0  # no tile hides anything
     assert not same_bits(run_in_interpreter(mapped, *inputs, mask, tiles)[0], found[0])
 
 
@@ -131,7 +218,8 @@ def test_the_map_changes_no_bit_of_gradients(key_heads):
     inputs = attention_gradients.operands(1, 2, key_heads, 100, 200, 16, 16, torch.bfloat16, "bool")
     mask = band(100, 200)[None, None] & (inputs[4] if key_heads == 2 else True)
     inputs[4] = mask
-    tiles, spans = attention_map(mask, key_heads, 64), query_spans(mask, key_heads)
+    tiles = attention_map(mask, key_heads, 64)
+    spans = query_spans(tiles, mask.shape[2])
 
     def backward(*tensors):
         return attention_backward(*tensors[:7], False, 0.3, *tensors[7:])

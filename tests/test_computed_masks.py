@@ -56,9 +56,7 @@ def everything(queries, keys, extra):
     return torch.ones(queries, keys, dtype=torch.bool, device=extra.device)
 
 
-MASKS = {
-    f.__name__: f for f in (everything, causal, window, documents, padded, alibi, hidden_by_floats)
-}
+MASKS = {f.__name__: f for f in (everything, causal, window, documents, padded, alibi, hidden_by_floats)}
 
 
 def operands(queries, keys, head_dim=16, device="cpu"):
@@ -83,7 +81,11 @@ def given(query, key, value, mask):
 
 @pytest.mark.parametrize(
     ("name", "queries"),
-    [*((name, 40) for name in MASKS), *((name, 3) for name in ("documents", "padded", "alibi")), ("causal", 1)],
+    [
+        *((name, 40) for name in MASKS),
+        *((name, 3) for name in ("documents", "padded", "alibi")),
+        ("causal", 1),
+    ],
 )
 def test_the_bits_of_the_mask_in_memory(name, queries):
     """Chunks in sequence, and with few queries side by side; a first token under a mask of one element."""
@@ -162,7 +164,10 @@ def test_layers_share_a_mask_and_its_map():
         return query
 
     (graph,) = inspect(layers, *operands(70, 70)).graphs
-    assert graph.source.count("attention.map_row(") == 1 and graph.source.count("attention.all_chunks(") >= 1
+    assert (
+        graph.source.count("attention_map.bounded_rows(") == 1
+        and graph.source.count("attention.all_chunks(") >= 1
+    )
     assert len(re.findall(r"attention_map\w*\.run\(", graph.source)) == 1
 
 
@@ -204,6 +209,10 @@ CORRUPTIONS = {
     "another decorator": (r"@triton.jit\ndef computed_mask", "@tl.jit\ndef computed_mask"),
     "another function": (r"def computed_mask", "def another_mask"),
     "rows that do not exist": (r"tl.minimum\(idx_m, 70 - 1\)", "idx_m"),
+    "all queries": (r"attention_map\.lowest_of_rows\((tmp\d+)\)", r"tl.min(\1)"),
+    "one bound": (r"(    return tmp\d+), tmp\d+\n", r"\1\n"),
+    "bounds of nothing": (r"\(computed_bounds,\)", "(computed_mask,)"),
+    "another granule": (r"part \* HEIGHT, granules", "part * HEIGHT + 1, granules"),
     "another batch": (r"mask_base = \(captured, idx_b,", "mask_base = (captured, idx_b * 0,"),
     "by name only": (r"COMPUTED : tl.constexpr = True", "COMPUTED : tl.constexpr = False"),
     "something else that computes": (r"COMPUTED, computed_mask,", "COMPUTED, attention.join,"),

@@ -32,6 +32,9 @@ import triton.language as tl
 #: The running maximum of no key: finite, so that a hidden score (-inf) minus it is -inf and not NaN.
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+#: Threads of a warp. What all of them reduce by one instruction (REDUX) the compiler knows to be the same in each: it
+#: keeps loops up to it in uniform registers. Granules of a map are loaded so many at a time, though few are wanted.
+LANES: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
@@ -149,14 +152,14 @@ def load_mask(pointers, exists, other, WIDTH: tl.constexpr):
 def mask_of(mask_base, stride_mn, keys, key_count, exists, other, SCORES: tl.constexpr, WIDTH: tl.constexpr):
     """The mask of a program's rows and ``keys`` [1, N]: [M, N], read, or computed by a function of the kernel's file.
 
-    A computed one goes through a maximum over one element as well: it may have read bytes (``load_mask``).
+    A computed one that read narrower elements than the values' goes through a maximum over one as well (``load_mask``).
     """
     if SCORES[5]:
         captured, idx_b, idx_h, positions = mask_base
         FUNCTION: tl.constexpr = SCORES[6]
         values = FUNCTION(idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
         values = everywhere(values, exists)
-        if WIDTH:
+        if SCORES[4]:
             values = through_reduction(values)
     else:
         values = load_mask(mask_base + keys * stride_mn, exists, other, WIDTH)
@@ -188,133 +191,67 @@ def through_reduction(values):
 
 
 @triton.jit
-def ones_of(word):
-    """How many bits of a ``word``, 0 ... 2**32 - 1 as int64, are ones."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return (((word * 0x01010101) >> 24) & 0xFF).to(tl.int32)
+def lowest_one(word):
+    """The place of the lowest bit that is 1 in an int64 ``word``, which is not 0."""
+    return (((word & -word).to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
 
 
 @triton.jit
-def _either(a, b):
+def either(a, b):
     return a | b
 
 
 @triton.jit
-def map_row(
-    row,
-    captured,
-    idx_b,
-    first_head,
-    first_query,
-    queries,
-    key_count,
-    SCORES: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GRANULE: tl.constexpr,
-):
-    """Writes the map's row (``attention_tiles.py``) of GRANULE queries of HEADS heads; returns its last tile + 1."""
-    positions = first_query + tl.arange(0, GRANULE)[:, None]
-    rows_exist = positions < queries
-    positions = tl.minimum(positions, queries - 1)
-    word_count = tl.cdiv(tl.cast(key_count, tl.int32), 32 * BLOCK_N)
-    none = word_count * 32
-    # First tile with a visible pair and the one after the last; the same of tiles without a hidden one; their number.
-    first = none
-    last = none * 0
-    start = none
-    end = none * 0
-    count = none * 0
-    for word in tl.range(0, word_count, num_stages=1):
-        seen = none * 0
-        holes = none * 0
-        for place in tl.range(0, 32, 8, num_stages=1):
-            columns = (word * 32 + place) * BLOCK_N + tl.arange(0, 8 * BLOCK_N)[None, :]
-            exists = (columns < key_count) & rows_exist
-            pairs = tl.zeros((GRANULE, 8 * BLOCK_N), tl.int32)
-            for head in tl.range(0, HEADS, num_stages=1):
-                at = (captured, idx_b, first_head + head, positions)
-                given = mask_of(at, 0, columns, key_count, exists, 0, SCORES, 0)
-                pairs = pairs | tl.where(given != 0, 1, 2)
-            pairs = tl.reduce(tl.where(exists, pairs, 0), 0, _either)
-            pairs = tl.reduce(tl.reshape(pairs, [8, BLOCK_N]), 1, _either)
-            bits = place + tl.arange(0, 8)
-            seen = seen | tl.reduce((pairs & 1) << bits, 0, _either)
-            holes = holes | tl.reduce((pairs >> 1) << bits, 0, _either)
-            tiles = word * 32 + bits
-            first = tl.minimum(first, tl.min(tl.where((pairs & 1) != 0, tiles, none), 0))
-            last = tl.maximum(last, tl.max(tl.where((pairs & 1) != 0, tiles + 1, 0), 0))
-            whole = (pairs == 1) & ((tiles + 1) * BLOCK_N <= key_count)
-            start = tl.minimum(start, tl.min(tl.where(whole, tiles, none), 0))
-            end = tl.maximum(end, tl.max(tl.where(whole, tiles + 1, 0), 0))
-            count += tl.sum(whole.to(tl.int32), 0)
-        tl.store(row + 2 * word, seen)
-        tl.store(row + 2 * word + 1, holes)
-    spans = row + 2 * word_count
-    tl.store(spans, first)
-    tl.store(spans + 1, last)
-    tl.store(spans + 2, start)
-    tl.store(spans + 3, tl.where(end - start == count, end, 0))
-    return last
-
-
-@triton.jit
-def map_span(tiles, key_count, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
-    """Four keys: no row of the program sees one before the first, nor from the second; from the third up to the fourth
-    each sees all."""
+def map_span(tiles, key_count, BLOCK_N: tl.constexpr):
+    """Two keys: no row of the program sees one before the first, nor from the second."""
     base, stride_granule, stride_word, first_granule, last_granule = tiles
-    granules = first_granule + tl.arange(0, GRANULES)
+    granules = first_granule + tl.arange(0, LANES)
     exists = granules <= last_granule
     at = base + granules * stride_granule + 2 * tl.cdiv(key_count, 32 * BLOCK_N) * stride_word
     first = tl.min(tl.load(at, mask=exists, other=2147483647), 0)
     last = tl.max(tl.load(at + stride_word, mask=exists, other=0), 0)
-    start = tl.max(tl.load(at + 2 * stride_word, mask=exists, other=0), 0)
-    until = tl.min(tl.load(at + 3 * stride_word, mask=exists, other=2147483647), 0)
-    return first * BLOCK_N, last * BLOCK_N, start * BLOCK_N, until * BLOCK_N
+    return first * BLOCK_N, last * BLOCK_N
 
 
 @triton.jit
-def tile_words(tiles, first, high, key_count, is_whole, BLOCK_N: tl.constexpr, GRANULES: tl.constexpr):
-    """(tiles of which every row of the program sees all keys, others of which one sees something): bits of an int64.
-
-    Bit 0 is the tile at key ``first``; the last one ends at ``high``, or where its word of the map does. A tile with
-    keys from ``key_count`` is of the second kind. ``is_whole``: all are known to be of the first; nothing is read.
-    """
+def load_words(tiles, key, key_count, BLOCK_N: tl.constexpr):
+    """Both words of the map for each granule of the program: the 32 tiles among which ``key`` is."""
     base, stride_granule, stride_word, first_granule, last_granule = tiles
-    granules = first_granule + tl.arange(0, GRANULES)
-    at = base + granules * stride_granule + (first // (32 * BLOCK_N)) * 2 * stride_word
-    exists = (granules <= last_granule) & (is_whole == 0)
-    seen = tl.reduce(tl.load(at, mask=exists, other=0), 0, _either)
-    holes = tl.reduce(tl.load(at + stride_word, mask=exists, other=0), 0, _either)
-    place = (first // BLOCK_N) % 32
-    count = tl.minimum(tl.cdiv(high - first, BLOCK_N), 32 - place)
-    one = tl.full((), 1, tl.int64)
-    all_of_them = (one << count) - 1
-    seen = ((seen.to(tl.int64) & 0xFFFFFFFF) >> place) & all_of_them
-    ends = tl.minimum(tl.maximum(key_count // BLOCK_N - first // BLOCK_N, 0), 32)
-    whole = seen & ~((holes.to(tl.int64) & 0xFFFFFFFF) >> place) & ((one << ends) - 1)
-    return tl.where(is_whole, all_of_them, whole), tl.where(is_whole, 0, seen & ~whole)
+    granules = first_granule + tl.arange(0, LANES)
+    at = base + granules * stride_granule + (key // (32 * BLOCK_N)) * 2 * stride_word
+    exists = (granules <= last_granule) & (key < key_count)
+    return tl.load(at, mask=exists, other=0), tl.load(at + stride_word, mask=exists, other=0)
 
 
 @triton.jit
-def run_count(whole, edges):
-    """How many runs of tiles there are: neighbours of ``whole``, then neighbours of ``edges`` that follow on them."""
-    return ones_of(whole & ~(whole << 1)) + ones_of(edges & ~((whole | edges) << 1))
+def bits_of(words, low, high, BLOCK_N: tl.constexpr):
+    """(tiles of which a row of the program sees something, those of which one does not see all): bits of an int64.
+
+    Bit 0 is the tile at key ``low``; the last one ends at ``high``, or where its word of the map does.
+    """
+    place = low // BLOCK_N % 32
+    count = tl.minimum(tl.cdiv(high - low, BLOCK_N), 32 - place)
+    inside = (tl.full((), 1, tl.int64) << count) - 1
+    seen = ((tl.reduce(words[0], 0, either).to(tl.int64) & 0xFFFFFFFF) >> place) & inside
+    return seen, (tl.reduce(words[1], 0, either).to(tl.int64) & 0xFFFFFFFF) >> place
 
 
 @triton.jit
-def next_run(whole, edges):
-    """(its first tile, its tiles of ``whole``, of ``edges``, and what is left of both) of two words, not both 0."""
-    seen = whole | edges
-    place = ones_of((seen & -seen) - 1)
-    rest = ~(whole >> place)
-    whole_count = ones_of((rest & -rest) - 1)
-    rest = ~(edges >> (place + whole_count))
-    edge_count = ones_of((rest & -rest) - 1)
-    end = place + whole_count + edge_count
-    return place, whole_count, edge_count, (whole >> end) << end, (edges >> end) << end
+def run_count(seen):
+    """How many runs of ones the bits ``seen``, fewer than 2**32, have."""
+    ends = seen & ~(seen << 1)
+    ends = ends - ((ends >> 1) & 0x55555555)
+    ends = (ends & 0x33333333) + ((ends >> 2) & 0x33333333)
+    ends = (ends + (ends >> 4)) & 0x0F0F0F0F
+    return (((ends * 0x01010101) >> 24) & 0xFF).to(tl.int32)
+
+
+@triton.jit
+def next_run(seen):
+    """(first tile, how many follow on each other, what is left) of the bits ``seen``, not 0."""
+    place = lowest_one(seen)
+    count = lowest_one(~(seen >> place))
+    return place, count, (seen >> (place + count)) << (place + count)
 
 
 @triton.jit
@@ -325,14 +262,18 @@ def _tile(
     mask_and_rows,
     start,
     key_count,
+    is_edge,
     EDGE: tl.constexpr,
     SHAPE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """One tile of keys: (m, sums, acc) -> (m, sums, acc). EDGE: some of its keys may be hidden or not exist."""
+    """One tile of keys: (m, sums, acc) -> (m, sums, acc).
+
+    EDGE: some of its keys may be hidden or not exist: 0 no, 1 yes, 2 if ``is_edge``.
+    """
     m, sums, acc = state
     k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
-    mask_base, stride_mn, positions, rows_exist, _, scored = mask_and_rows
+    scored = mask_and_rows[5]
     BLOCK_N: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
     BLOCK_D: tl.constexpr = SHAPE[2]
@@ -340,8 +281,6 @@ def _tile(
     BLOCK_DV: tl.constexpr = SHAPE[4]
     INDEX: tl.constexpr = SHAPE[5]
     BLOCK_REST: tl.constexpr = SHAPE[6]
-    CAUSAL: tl.constexpr = SCORES[0]
-    MASK: tl.constexpr = SCORES[1]
     SCALE: tl.constexpr = SCORES[2]
     PRECISION: tl.constexpr = SCORES[3]
     SCALE_FIRST: tl.constexpr = SCORES[7]
@@ -368,18 +307,11 @@ def _tile(
         factor = tl.full((), LOG2_E, tl.float32)
     else:
         factor = tl.full((), SCALE * LOG2_E, tl.float32)
-    if EDGE:
-        visible = exists
-        if CAUSAL:
-            visible = visible & (keys[None, :] <= positions)
-        if MASK:
-            columns = keys.to(INDEX)[None, :]
-            given = mask_of(mask_base, stride_mn, columns, key_count, exists & rows_exist, 0, SCORES, WIDTH)
-            if MASK == 2:
-                t += given.to(tl.float32)
-            else:
-                visible = visible & (given != 0)
-        t = tl.where(visible, t, -float("inf"))
+    if EDGE == 1:
+        t = _hidden(t, keys, key_count, mask_and_rows, SCORES, INDEX, WIDTH)
+    elif EDGE == 2:
+        if is_edge:
+            t = _hidden(t, keys, key_count, mask_and_rows, SCORES, INDEX, WIDTH)
     highest = tl.maximum(m, tl.max(t, 1) * factor)
     rescale = tl.exp2(m - highest)
     p = tl.exp2(tl.fma(t, factor, -highest[:, None]))
@@ -391,6 +323,25 @@ def _tile(
     v = load_rows(v_base, keys.to(INDEX)[:, None], columns, stride_vn, stride_vd, exists, DV)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return highest, sums, acc
+
+
+@triton.jit
+def _hidden(
+    t, keys, key_count, mask_and_rows, SCORES: tl.constexpr, INDEX: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The scores ``t`` [M, N], -inf where a key is hidden or does not exist."""
+    mask_base, stride_mn, positions, rows_exist, _, _ = mask_and_rows
+    visible = (keys < key_count)[None, :]
+    if SCORES[0]:
+        visible = visible & (keys[None, :] <= positions)
+    if SCORES[1]:
+        exists = (keys < key_count)[None, :] & rows_exist
+        given = mask_of(mask_base, stride_mn, keys.to(INDEX)[None, :], key_count, exists, 0, SCORES, WIDTH)
+        if SCORES[1] == 2:
+            t += given.to(tl.float32)
+        else:
+            visible = visible & (given != 0)
+    return tl.where(visible, t, -float("inf"))
 
 
 @triton.jit
@@ -407,18 +358,10 @@ def one_chunk(
     STAGES: tl.constexpr,
 ):
     """(m [M], sums [M], acc [M, DV]) of keys low ... high - 1; those before ``full`` are visible to every row."""
-    span = _span(mask_and_rows, key_count, SHAPE, SCORES)
-    return _chunk(q, keys_and_values, mask_and_rows, low, full, high, span, key_count, SHAPE, SCORES, STAGES)
-
-
-@triton.jit
-def _span(mask_and_rows, key_count, SHAPE: tl.constexpr, SCORES: tl.constexpr):
-    """``map_span``, or without a map that all keys may be seen."""
+    words = 0
     if SCORES[1] == 3:
-        span = map_span(mask_and_rows[4], key_count, SHAPE[0], SCORES[4])
-    else:
-        span = (key_count * 0, key_count, key_count * 0, key_count * 0)
-    return span
+        words = load_words(mask_and_rows[4], low, key_count, SHAPE[0])
+    return _chunk(q, keys_and_values, mask_and_rows, low, full, high, words, key_count, SHAPE, SCORES, STAGES)
 
 
 @triton.jit
@@ -429,46 +372,32 @@ def _chunk(
     low,
     full,
     high,
-    span,
+    words,
     key_count,
     SHAPE: tl.constexpr,
     SCORES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """As ``one_chunk``, with the program's ``map_span``.
+    """As ``one_chunk``. With a map of tiles (MASK = 3, ``attention_tiles.py``) ``words`` are those of the chunk.
 
-    With a map of tiles (MASK = 3, ``attention_tiles.py``) those that every row of the program is hidden from are left
-    out, and of those that hide nothing the mask is not asked; with others tile follows on tile.
+    Then tiles that every row of the program is hidden from are left out, and of those that hide nothing the mask is not
+    asked; else tile follows on tile.
     """
     BLOCK_N: tl.constexpr = SHAPE[0]
-    EDGE_STAGES: tl.constexpr = STAGES[1]
     m = tl.full((q[0].shape[0],), LOWEST, tl.float32)
     sums = tl.zeros((q[0].shape[0], 4), tl.float32)
     acc = tl.zeros((q[0].shape[0], SHAPE[4]), tl.float32)
     if SCORES[1] == 3:
-        WORD: tl.constexpr = 32 * BLOCK_N
-        is_whole = (low >= span[2]) & (high <= span[3])
-        low = tl.maximum(low, span[0])
-        high = tl.maximum(tl.minimum(high, span[1]), low)
-        for word in tl.range(low // WORD, tl.cdiv(high, WORD), num_stages=1):
-            first = tl.maximum(low, word * WORD)
-            whole, edges = tile_words(mask_and_rows[4], first, high, key_count, is_whole, BLOCK_N, SCORES[4])
-            for _ in tl.range(0, run_count(whole, edges), num_stages=1):
-                place, whole_count, edge_count, whole, edges = next_run(whole, edges)
-                start = first + place * BLOCK_N
-                for step in tl.range(0, whole_count, num_stages=STAGES[0]):
-                    tile = start + step * BLOCK_N
-                    state = (m, sums, acc)
-                    m, sums, acc = _tile(
-                        state, q, keys_and_values, mask_and_rows, tile, key_count, False, SHAPE, SCORES
-                    )
-                start += whole_count * BLOCK_N
-                for step in tl.range(0, edge_count, num_stages=EDGE_STAGES):
-                    tile = start + step * BLOCK_N
-                    state = (m, sums, acc)
-                    m, sums, acc = _tile(
-                        state, q, keys_and_values, mask_and_rows, tile, key_count, True, SHAPE, SCORES
-                    )
+        seen, holes = bits_of(words, low, high, BLOCK_N)
+        for _ in tl.range(0, run_count(seen), num_stages=1):
+            place, count, seen = next_run(seen)
+            for tile in tl.range(place, place + count, num_stages=STAGES[0]):
+                has_holes = ((holes >> tile) & 1) != 0
+                start = low + tile * BLOCK_N
+                state = (m, sums, acc)
+                m, sums, acc = _tile(
+                    state, q, keys_and_values, mask_and_rows, start, key_count, has_holes, 2, SHAPE, SCORES
+                )
     else:
         edge = low
         if SCORES[1] == 0:
@@ -476,12 +405,12 @@ def _chunk(
             for start in tl.range(low, edge, BLOCK_N, num_stages=STAGES[0]):
                 state = (m, sums, acc)
                 m, sums, acc = _tile(
-                    state, q, keys_and_values, mask_and_rows, start, key_count, False, SHAPE, SCORES
+                    state, q, keys_and_values, mask_and_rows, start, key_count, 0, 0, SHAPE, SCORES
                 )
-        for start in tl.range(edge, high, BLOCK_N, num_stages=EDGE_STAGES):
+        for start in tl.range(edge, high, BLOCK_N, num_stages=STAGES[1]):
             state = (m, sums, acc)
             m, sums, acc = _tile(
-                state, q, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES
+                state, q, keys_and_values, mask_and_rows, start, key_count, 1, 1, SHAPE, SCORES
             )
     return m, total(sums), acc
 
@@ -499,22 +428,31 @@ def all_chunks(
     CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(m, sums, acc) of keys 0 ... end - 1, chunk after chunk."""
+    """(m, sums, acc) of keys 0 ... end - 1, chunk after chunk; what the map says of the next one is read ahead."""
     m = tl.full((q[0].shape[0],), LOWEST, tl.float32)
     sums = tl.zeros((q[0].shape[0],), tl.float32)
     acc = tl.zeros((q[0].shape[0], SHAPE[4]), tl.float32)
-    span = _span(mask_and_rows, key_count, SHAPE, SCORES)
+    tiles = mask_and_rows[4]
     first = end * 0
+    words = 0
     if SCORES[1] == 3:  # what is left out is the state of no key
+        span = map_span(tiles, key_count, SHAPE[0])
         first = chunk_of(span[0], CHUNKS[0], CHUNKS[1], CHUNKS[2])
         end = tl.minimum(span[1], end)
+        low = chunk_start(first, CHUNKS[0], CHUNKS[1], CHUNKS[2])
+        words = load_words(tiles, low, end, SHAPE[0])
     for chunk in tl.range(first, chunk_count(end, CHUNKS[0], CHUNKS[1], CHUNKS[2]), num_stages=1):
         low = chunk_start(chunk, CHUNKS[0], CHUNKS[1], CHUNKS[2])
-        high = tl.minimum(chunk_start(chunk + 1, CHUNKS[0], CHUNKS[1], CHUNKS[2]), end)
+        next_low = chunk_start(chunk + 1, CHUNKS[0], CHUNKS[1], CHUNKS[2])
+        high = tl.minimum(next_low, end)
+        next_words = 0
+        if SCORES[1] == 3:
+            next_words = load_words(tiles, next_low, end, SHAPE[0])
         next_m, next_sums, next_acc = _chunk(
-            q, keys_and_values, mask_and_rows, low, full, high, span, key_count, SHAPE, SCORES, STAGES
+            q, keys_and_values, mask_and_rows, low, full, high, words, key_count, SHAPE, SCORES, STAGES
         )
         m, sums, acc = join(m, sums, acc, next_m, next_sums, next_acc)
+        words = next_words
     return m, sums, acc
 
 

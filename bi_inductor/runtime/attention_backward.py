@@ -20,15 +20,16 @@ import triton
 import triton.language as tl
 
 from .attention import (
+    LANES,
     LOG2_E,
+    bits_of,
     everywhere,
     load_rows,
+    load_words,
     map_span,
     mask_of,
-    modified,
     next_run,
     run_count,
-    tile_words,
 )
 
 
@@ -59,19 +60,20 @@ def _visible(given, positions, keys, exists, SCORES: tl.constexpr):
 def _probabilities(
     t, logsumexp, given, visible, keys, key_count, scored, EDGE: tl.constexpr, SCORES: tl.constexpr
 ):
-    """(p of the products ``t``, the scaled scores if a ``score_mod`` takes them); all of one shape, or ``logsumexp``
+    """(p of the products ``t``, what a ``score_mod``'s derivative is given of it); all of one shape, or ``logsumexp``
     broadcast to it."""
     MASK: tl.constexpr = SCORES[1]
     SCALE: tl.constexpr = SCORES[2]
-    score = t
+    kept = 0
     if SCORES[7] or MASK == 2:
         if SCALE == 1.0:  # a choice that is none: Triton would start the dot from what is added to it next
             t = tl.where(t == 0.0, 0.0, t)
         t = t * tl.full((), SCALE, tl.float32)
-        score = t
         if SCORES[7]:
             SCORE: tl.constexpr = SCORES[8]
-            t = modified(t, keys, key_count, scored, SCORE)
+            captured, idx_b, idx_h, positions = scored
+            score, kept = SCORE(t, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
+            t = everywhere(score, t)
         if MASK == 2:
             t = t + given.to(tl.float32)
         t = t * LOG2_E
@@ -79,16 +81,16 @@ def _probabilities(
         t = t * tl.full((), SCALE * LOG2_E, tl.float32)
     if EDGE:
         t = tl.where(visible, t, -float("inf"))
-    return tl.exp2(t - logsumexp), score
+    return tl.exp2(t - logsumexp), kept
 
 
 @triton.jit
-def _of_product(ds, score, keys, key_count, scored, SCORES: tl.constexpr):
+def _of_product(ds, kept, keys, key_count, scored, SCORES: tl.constexpr):
     """The gradient of the scaled scores from that of what a ``score_mod`` makes of them."""
     if SCORES[7]:
         DERIVATIVE: tl.constexpr = SCORES[9]
         captured, idx_b, idx_h, positions = scored
-        result = DERIVATIVE(score, ds, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
+        result = DERIVATIVE(kept, ds, idx_b, idx_h, positions, tl.minimum(keys, key_count - 1), captured)
         ds = everywhere(result, ds)
     return ds
 
@@ -103,11 +105,12 @@ def _query_tile(
     mask_and_rows,
     start,
     key_count,
+    is_edge,
     EDGE: tl.constexpr,
     SHAPE: tl.constexpr,
     SCORES: tl.constexpr,
 ):
-    """dq [M, D] after one more tile of keys. EDGE: some of its keys may be hidden or not exist."""
+    """dq [M, D] after one more tile of keys; EDGE as in ``attention._tile``."""
     logsumexp, delta = statistics
     k_base, stride_kn, stride_kd, v_base, stride_vn, stride_vd = keys_and_values
     mask_base, stride_mn, positions, rows_exist, _, scored = mask_and_rows
@@ -126,19 +129,23 @@ def _query_tile(
         exists = (keys < key_count)[:, None]
     k = load_rows(k_base, column, tl.arange(0, BLOCK_D)[None, :], stride_kn, stride_kd, exists, D)
     v = load_rows(v_base, column, tl.arange(0, BLOCK_DV)[None, :], stride_vn, stride_vd, exists, DV)
+    row = keys.to(INDEX)[None, :]
     visible = None
     given = None
-    if EDGE:
+    if EDGE == 1:
         pairs = (keys < key_count)[None, :] & rows_exist
         if SCORES[1]:
-            row = keys.to(INDEX)[None, :]
             given = mask_of(mask_base, stride_mn, row, key_count, pairs, 0, SCORES, WIDTH)
         visible = _visible(given, positions, keys[None, :], pairs, SCORES)
     t = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    row = keys.to(INDEX)[None, :]
-    p, score = _probabilities(t, logsumexp, given, visible, row, key_count, scored, EDGE, SCORES)
+    p, kept = _probabilities(t, logsumexp, given, visible, row, key_count, scored, EDGE == 1, SCORES)
+    if EDGE == 2:
+        if is_edge:
+            pairs = (keys < key_count)[None, :] & rows_exist
+            given = mask_of(mask_base, stride_mn, row, key_count, pairs, 0, SCORES, WIDTH)
+            p = tl.where(_visible(given, positions, keys[None, :], pairs, SCORES), p, 0.0)
     ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta)
-    ds = _of_product(ds, score, row, key_count, scored, SCORES)
+    ds = _of_product(ds, kept, row, key_count, scored, SCORES)
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
@@ -165,17 +172,18 @@ def query_gradients(
     acc = tl.zeros((q.shape[0], SHAPE[3]), tl.float32)
     if SCORES[1] == 3:
         WORD: tl.constexpr = 32 * BLOCK_N
-        span = map_span(mask_and_rows[4], key_count, BLOCK_N, SCORES[4])
-        end = tl.maximum(tl.minimum(end, span[1]), span[0])
+        tiles = mask_and_rows[4]
+        span = map_span(tiles, key_count, BLOCK_N)
+        end = tl.minimum(end, span[1])
+        words = load_words(tiles, span[0], end, BLOCK_N)
         for word in tl.range(span[0] // WORD, tl.cdiv(end, WORD), num_stages=1):
-            first = tl.maximum(span[0], word * WORD)
-            is_whole = (first >= span[2]) & (tl.minimum(end, (word + 1) * WORD) <= span[3])
-            whole, edges = tile_words(mask_and_rows[4], first, end, key_count, is_whole, BLOCK_N, SCORES[4])
-            for _ in tl.range(0, run_count(whole, edges), num_stages=1):
-                place, whole_count, edge_count, whole, edges = next_run(whole, edges)
-                start = first + place * BLOCK_N
-                for step in tl.range(0, whole_count, num_stages=STAGES[0]):
-                    tile = start + step * BLOCK_N
+            low = word * WORD
+            next_words = load_words(tiles, low + WORD, end, BLOCK_N)
+            seen, holes = bits_of(words, low, end, BLOCK_N)
+            for _ in tl.range(0, run_count(seen), num_stages=1):
+                place, count, seen = next_run(seen)
+                for tile in tl.range(place, place + count, num_stages=STAGES[0]):
+                    has_holes = ((holes >> tile) & 1) != 0
                     acc = _query_tile(
                         acc,
                         q,
@@ -183,28 +191,14 @@ def query_gradients(
                         statistics,
                         keys_and_values,
                         mask_and_rows,
-                        tile,
+                        low + tile * BLOCK_N,
                         key_count,
-                        False,
+                        has_holes,
+                        2,
                         SHAPE,
                         SCORES,
                     )
-                start += whole_count * BLOCK_N
-                for step in tl.range(0, edge_count, num_stages=EDGE_STAGES):
-                    tile = start + step * BLOCK_N
-                    acc = _query_tile(
-                        acc,
-                        q,
-                        g,
-                        statistics,
-                        keys_and_values,
-                        mask_and_rows,
-                        tile,
-                        key_count,
-                        True,
-                        SHAPE,
-                        SCORES,
-                    )
+            words = next_words
     else:
         edge = full * 0
         if SCORES[1] == 0:
@@ -219,13 +213,14 @@ def query_gradients(
                     mask_and_rows,
                     start,
                     key_count,
-                    False,
+                    0,
+                    0,
                     SHAPE,
                     SCORES,
                 )
         for start in tl.range(edge, end, BLOCK_N, num_stages=EDGE_STAGES):
             acc = _query_tile(
-                acc, q, g, statistics, keys_and_values, mask_and_rows, start, key_count, True, SHAPE, SCORES
+                acc, q, g, statistics, keys_and_values, mask_and_rows, start, key_count, 1, 1, SHAPE, SCORES
             )
     return acc
 
@@ -297,27 +292,28 @@ def _key_tile(
         head_of = first_head + tl.minimum(heads, tl.cast(group, INDEX) - 1)[None, :]
         scored = (captured, idx_b, head_of, positions[None, :])
     t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p, score = _probabilities(t, logsumexp[None, :], given, visible, keys, key_count, scored, EDGE, SCORES)
+    p, kept = _probabilities(t, logsumexp[None, :], given, visible, keys, key_count, scored, EDGE, SCORES)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - delta[None, :])
-    ds = _of_product(ds, score, keys, key_count, scored, SCORES)
+    ds = _of_product(ds, kept, keys, key_count, scored, SCORES)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit
-def span_of(base, stride_granule, stride_end, first_key, keys, GRANULE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Four queries: of a map of spans (``attention_tiles.py``), what holds for all BLOCK_N keys from ``first_key``."""
-    granules = first_key // GRANULE + tl.arange(0, BLOCK_N // GRANULE)
-    exists = granules * GRANULE < keys
-    at = base + granules * stride_granule
+def span_of(base, stride_tile, stride_end, first_key, keys, SPAN: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Four queries: of ``attention_tiles.query_spans``, for tiles of SPAN keys, what holds for all BLOCK_N keys."""
+    lanes = tl.arange(0, LANES)
+    tiles = first_key // SPAN + lanes
+    exists = (lanes * SPAN < BLOCK_N) & (tiles * SPAN < keys)
+    at = base + tiles * stride_tile
     first = tl.load(at, mask=exists, other=2147483647)
     last = tl.load(at + stride_end, mask=exists, other=0)
     whole = tl.load(at + 2 * stride_end, mask=exists, other=0)
-    until = tl.load(at + 3 * stride_end, mask=exists, other=0)
+    until = tl.load(at + 3 * stride_end, mask=exists, other=2147483647)
     # Keys that do not exist are seen by nobody.
-    until = tl.where(first_key + BLOCK_N <= keys, until, 0)
-    return tl.min(first, 0), tl.max(last, 0), tl.max(whole, 0), tl.min(until, 0)
+    until = tl.where(first_key + BLOCK_N <= keys, tl.min(until, 0), 0)
+    return tl.min(first, 0), tl.max(last, 0), tl.max(whole, 0), until
 
 
 @triton.jit

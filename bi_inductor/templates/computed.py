@@ -10,8 +10,9 @@ A ``score_mod`` is a function of the kernel's file in the same way, and so is it
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -25,10 +26,11 @@ from torch._inductor.virtualized import V
 
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.score_programs import run
+from bi_inductor.templates.bounds import BoundsHandler
 from bi_inductor.templates.emission import TemplateKernel, realized
 
 #: Parameters of the functions: what they are given of an element, its indices, and a tuple of what they read.
-GIVEN = ("score", "gradient")
+GIVEN = ("score",)
 INDICES = ("idx_b", "idx_h", "idx_m", "idx_n")
 CAPTURED = "captured"
 #: Buffers that stand for what functions are given.
@@ -62,10 +64,13 @@ class Functions:
         found = [self.mask, self.score, self.derivative]
         return None if found == [None] * 3 else found
 
-    @property
-    def constants(self) -> dict[str, bool]:
-        """What the sources ask about them."""
+    def constants(self, dtype: torch.dtype) -> dict[str, bool]:
+        """What the sources ask about them; ``dtype``: of the values. NARROW: the mask reads narrower elements."""
+        reads = (
+            [] if self.mask is None else [V.graph.get_dtype(dep.name) for dep in self.mask.read_writes.reads]
+        )
         return {
+            "NARROW": any(read.itemsize < dtype.itemsize for read in reads),
             "COMPUTED": self.mask is not None,
             "SCORED": self.score is not None,
             "DERIVED": self.derivative is not None,
@@ -148,6 +153,10 @@ def _unrealized(x: ir.TensorBox) -> tuple[ir.Pointwise | None, Any]:
     return (node, sympy.prod(node.get_size())) if isinstance(node, ir.Pointwise) else (None, 0)
 
 
+def _names(line: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", line))
+
+
 class _Elements(V.WrapperHandler):  # type: ignore[name-defined,misc]
     """Writes operations as lines of the function; remembers which arguments of the kernel they need."""
 
@@ -217,31 +226,74 @@ class ComputingKernel(TemplateKernel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._functions: dict[str, str] = {}
-        self._register_extra_template_env_fns(self.computed, self.computed_size)
+        self._register_extra_template_env_fns(self.computed, self.bounded, self.scored, self.computed_size)
 
     def _computed(self, kind: str) -> Computed:
         found: Any = self.subgraphs[self.KINDS.index(kind)]  # type: ignore[index]
         return found  # type: ignore[no-any-return]
 
-    def computed(self, *kinds: str) -> str:
-        """A tuple of the kernel's arguments that the functions of these kinds unpack, in their order."""
-        bodies: dict[str, list[str]] = {}
-        needed: dict[str, None] = {}
-        for kind in kinds:
-            with self.create_subgraph_body(f"<COMPUTED_{kind}>"):
-                handler = _Elements(self)
-                with V.set_ops_handler(handler):
-                    result = self._computed(kind).body([sympy_index_symbol(name) for name in INDICES])
-                self.codegen_body()
-                bodies[kind] = [line for line in self.body.getvalue().splitlines() if line.strip()]
-                bodies[kind].append(f"return {result}")
-                needed |= handler.needed
-                self.cse.invalidate(set())
+    def computed(self, kind: str) -> str:
+        """A tuple of the kernel's arguments that the function of this kind unpacks, in their order."""
+        (result,), needed, lines = self._body(lambda: [self._element(kind)])
+        return self._written(
+            kind, [*GIVEN[: self.KINDS.index(kind)], *INDICES], needed, [*lines, f"return {result}"]
+        )
+
+    def bounded(self) -> str:
+        """As ``computed("mask")``, of the function that gives the mask's bounds (``bounds.py``)."""
+
+        def bounds() -> list[Any]:
+            elements: Any = V.get_ops_handler()
+            found = BoundsHandler(elements, elements._generated).of(
+                self._computed("mask").body, list(INDICES)
+            )
+            return [found.low, found.high]
+
+        (low, high), needed, lines = self._body(bounds)
+        return self._written("bounds", list(INDICES), needed, [*lines, f"return {low}, {high}"])
+
+    def scored(self) -> str:
+        """As ``computed``, of the score and of its derivative, which is given what the score's function has for it.
+
+        Of the lines of both, those that the gradient does not reach are the score's; none is computed twice.
+        """
+        (score, result), needed, lines = self._body(
+            lambda: [self._element("score"), self._element("derivative")]
+        )
+        late, before, after = {"gradient"}, [], []
+        for line in lines:
+            name, _, value = line.partition(" = ")
+            if late.isdisjoint(_names(value or line)):
+                before.append(line)
+            else:
+                late.add(name)
+                after.append(line)
+        wanted = set().union(*map(_names, after), {str(result)})
+        kept = [name for line in before if (name := line.partition(" = ")[0]) in wanted] or [str(score)]
+        before.append(f"return {score}, ({', '.join(kept)},)")
+        after = [*(f"{name} = kept[{place}]" for place, name in enumerate(kept)), *after, f"return {result}"]
+        self._written("score", ["score", *INDICES], needed, before)
+        return self._written("derivative", ["kept", "gradient", *INDICES], needed, after)
+
+    def _element(self, kind: str) -> Any:
+        return self._computed(kind).body([sympy_index_symbol(name) for name in INDICES])
+
+    def _body(self, written: Callable[[], list[Any]]) -> tuple[list[Any], list[str], list[str]]:
+        """(results, arguments of the kernel that they need, lines) of what ``written`` writes."""
+        with self.create_subgraph_body(f"<COMPUTED_{len(self._functions)}>"):
+            handler = _Elements(self)
+            with V.set_ops_handler(handler):
+                results = written()
+            self.codegen_body()
+            lines = [line for line in self.body.getvalue().splitlines() if line.strip()]
+            self.cse.invalidate(set())
+        return results, list(handler.needed), lines
+
+    def _written(self, kind: str, parameters: list[str], needed: list[str], lines: list[str]) -> str:
+        """Keeps the function; returns the tuple that it is given for what it reads."""
         unpacked = [f"{name} = {CAPTURED}[{place}]" for place, name in enumerate(needed)]
-        for kind in kinds:
-            given = GIVEN[: self.KINDS.index(kind)]
-            head = f"@triton.jit\ndef computed_{kind}({', '.join((*given, *INDICES, CAPTURED))}):"
-            self._functions[kind] = "\n    ".join((head, *unpacked, *bodies[kind])) + "\n\n\n"
+        head = f"@triton.jit\ndef computed_{kind}({', '.join((*parameters, CAPTURED))}):"
+        self._functions[kind] = "\n    ".join((head, *unpacked, *lines)) + "\n\n\n"
         return f"({', '.join(needed)}{',' if needed else ''})"
 
     def computed_size(self, kind: str, dim: int) -> str:

@@ -70,7 +70,7 @@ ROWS = r"""
     tiles = 0
 {% endif %}
 {% if SCORED %}
-    captured_by_score = {{computed("score", "derivative") if DERIVED else computed("score")}}
+    captured_by_score = {{scored() if DERIVED else computed("score")}}
     scored = (captured_by_score, idx_b, idx_h, tl.minimum(idx_m, {{size("Q", 2)}} - 1))
 {% else %}
     scored = 0
@@ -98,7 +98,7 @@ ROWS = r"""
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE, BLOCK_REST)
     SCORES: tl.constexpr = (
-        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}}, SCALE_FIRST,
+        CAUSAL, MASK, SCALE, INPUT_PRECISION, NARROW, COMPUTED, {{"computed_mask" if COMPUTED else 0}}, SCALE_FIRST,
         {{"True, computed_score" if SCORED else "False, 0"}}
     )
     CHUNKS: tl.constexpr = (NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
@@ -125,7 +125,8 @@ ONE_CHUNK = (
     + ROWS
     + _CONSTANTS
     + r"""
-    idx_c = tl.program_id(1).to(INDEX_DTYPE)
+    # The last chunks first: they have the most keys.
+    idx_c = attention.chunk_count(KEYS, NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK) - 1 - tl.program_id(1).to(INDEX_DTYPE)
     low = attention.chunk_start(idx_c, NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK)
     high = tl.minimum(attention.chunk_start(idx_c + 1, NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK), end)
     m, sums, acc = attention.one_chunk(q, k_and_v, mask_and_rows, low, full, high, KEYS, SHAPE, SCORES, STAGES)
@@ -233,7 +234,7 @@ def schedule_for(
     split = split and programs * small * width * 4 <= _MOST_STORED
     if width > 256 and not split and major < 9:
         small = 16  # of more rows the two states do not fit in registers beside queries, which wgmma reads elsewhere
-    warps = 4 if width <= 128 and itemsize == 2 else 8
+    warps = 8 if width > 128 or itemsize > 2 else 2 if small == 16 else 4
     stages = 3 if width <= 128 and itemsize == 2 else 2
     return Schedule(small, warps, stages, split)
 
@@ -312,7 +313,7 @@ def attention(
         properties.multi_processor_count,
         properties.major,
     )
-    schedule = schedule_for(static_size(queries * group), *sizes)
+    schedule = _with_warps_for(functions, schedule_for(static_size(queries * group), *sizes))
     kind = mask_kind(mask, tiles)
     rows = [batch, heads, queries]
     # Heads beside each other for one query: what follows joins them without a copy.
@@ -325,7 +326,7 @@ def attention(
 
     def states(chunks: Any, schedule: Schedule) -> list[ir.TensorBox]:
         """acc, m and sums of every chunk, each by a program of its own."""
-        constants = _constants(form, schedule, head_dim, value_dim, kind, functions, is_causal, scale)
+        constants = _constants(form, schedule, head_dim, value_dim, dtype, kind, functions, is_causal, scale)
         stored = [_empty([chunks, *rows], device) for _ in range(2)]
         partial = ir.FixedLayout(device, torch.float32, [chunks, *rows, value_dim])
         grid = [pairs, per_pair, chunks]
@@ -342,16 +343,25 @@ def attention(
         return _call(fold_template, inputs, [logsumexp], layout, grid, one_warp, fold), logsumexp
     # 1 at run time if there turn out to be few rows: then the first of three kernels has no program, else the others.
     few = 0 if is_causal else _are_few(per_pair, pairs, keys, value_dim, form)
-    constants = _constants(form, schedule, head_dim, value_dim, kind, functions, is_causal, scale)
+    constants = _constants(form, schedule, head_dim, value_dim, dtype, kind, functions, is_causal, scale)
     grid = [pairs, per_pair * (1 - few), 1]
     inputs = [*operands, logsumexp]
     out = _call(whole_template, inputs, [logsumexp], layout, grid, schedule, constants, functions)
     if few != 0:
-        short = dataclasses.replace(schedule_for(FEW_ROWS, *sizes), split=True)
+        short = _with_warps_for(functions, dataclasses.replace(schedule_for(FEW_ROWS, *sizes), split=True))
         inputs = [*states(chunk_total(keys, form) * few, short), logsumexp, out]
         returned = ir.FixedLayout(device, torch.float32, [batch * heads * queries * few])
         _call(fold_into_template, inputs, inputs[3:], returned, [pairs, per_pair * few, 1], one_warp, fold)
     return out, logsumexp
+
+
+def _with_warps_for(functions: Functions, schedule: Schedule) -> Schedule:
+    """Two warps read keys and values as fast as more do, but a ``score_mod`` is work for four."""
+    return (
+        schedule
+        if functions.score is None
+        else dataclasses.replace(schedule, num_warps=max(4, schedule.num_warps))
+    )
 
 
 def functions_of(
@@ -389,11 +399,6 @@ def mask_kind(mask: ir.TensorBox | None, tiles: ir.TensorBox | None) -> int:
     return 2 if mask.get_dtype() != torch.bool else 1 if tiles is None else 3
 
 
-def granules_of(block_m: int) -> dict[str, Any]:
-    """Constants of a program with ``block_m`` rows: queries of a granule, and a power of two for all that it meets."""
-    return {"GRANULE": GRANULE, "GRANULES": 1 << (block_m // GRANULE + 1).bit_length()}
-
-
 def _triton_name(dtype: torch.dtype) -> str:
     return f"tl.{str(dtype).removeprefix('torch.')}"
 
@@ -410,6 +415,7 @@ def _constants(
     schedule: Schedule,
     head_dim: int,
     value_dim: int,
+    dtype: torch.dtype,
     kind: int,
     functions: Functions,
     is_causal: bool,
@@ -425,10 +431,10 @@ def _constants(
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
         "MASK": kind,
-        **functions.constants,
+        **functions.constants(dtype),
         "SCALE": scale,
         "SCALE_FIRST": kind == 2 or functions.score is not None or not (0 < scale < math.inf),
-        **granules_of(schedule.block_m),
+        "GRANULE": GRANULE,
         "INPUT_PRECISION": "'tf32'" if form.accumulator.startswith("tf32") else "'ieee'",
         "NEAR_CHUNK": form.near_chunk,
         "NEAR_CHUNKS": form.near_keys // form.near_chunk,

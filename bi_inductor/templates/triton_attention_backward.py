@@ -20,13 +20,13 @@ from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
 
 from bi_inductor import contract
+from bi_inductor.attention_tiles import GRANULE
 from bi_inductor.templates.computed import ComputingKernel, Functions
 from bi_inductor.templates.emission import Template, emit, realized
 from bi_inductor.templates.triton_attention import (
     ROWS,
     attention_grid,
     functions_of,
-    granules_of,
     head,
     mask_kind,
     padded,
@@ -37,7 +37,7 @@ from bi_inductor.templates.triton_matmul import tf32_is_allowed
 _CONSTANTS = r"""
     SHAPE: tl.constexpr = (BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)
     SCORES: tl.constexpr = (
-        CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {{"computed_mask" if COMPUTED else 0}},
+        CAUSAL, MASK, SCALE, INPUT_PRECISION, NARROW, COMPUTED, {{"computed_mask" if COMPUTED else 0}},
         {{"True, computed_score, computed_derivative" if SCORED else "False, 0, 0"}}
     )
     STAGES: tl.constexpr = (FULL_STAGES, EDGE_STAGES)
@@ -95,7 +95,7 @@ KEY_GRADIENTS = (
     g_rows = (g_base, {{stride("G", 1)}}, {{stride("G", 2)}}, {{stride("G", 3)}})
     queries = (q_rows, g_rows, LSE + first_row, DELTA + first_row)
 {% if SCORED %}
-    captured_by_score = {{computed("score", "derivative")}}
+    captured_by_score = {{scored()}}
     scored = (captured_by_score, idx_b, first_head)
 {% else %}
     scored = 0
@@ -114,7 +114,7 @@ KEY_GRADIENTS = (
 {% if MASK == 3 %}
     spans_base = SPANS + idx_b * ({{stride("SPANS", 0)}}) + key_head * ({{stride("SPANS", 1)}})
     span = attention_backward.span_of(
-        spans_base, {{stride("SPANS", 2)}}, {{stride("SPANS", 3)}}, key_tile * BLOCK_N, KEYS, GRANULE, BLOCK_N
+        spans_base, {{stride("SPANS", 2)}}, {{stride("SPANS", 3)}}, key_tile * BLOCK_N, KEYS, SPAN, BLOCK_N
     )
 {% else %}
     span = (0, QUERIES, 0, QUERIES)
@@ -180,16 +180,16 @@ class Schedule:
 #: By (elements of more than 2 bytes, padded head dim): what fits the shared memory of an A100. On an H100 these, and no
 #: others yet, were timed (docs/prices.md).
 _QUERY_SCHEDULES = {
-    (False, 64): Schedule(128, 64, 8, 3, 2),
-    (False, 128): Schedule(128, 64, 8, 2, 2),
+    (False, 64): Schedule(64, 64, 4, 3, 1),
+    (False, 128): Schedule(128, 64, 8, 3, 1),
     (False, 256): Schedule(64, 32, 8, 2, 1),
     (True, 64): Schedule(32, 32, 8, 2, 1),
     (True, 128): Schedule(32, 32, 8, 2, 1),
     (True, 256): Schedule(16, 16, 8, 1, 1),
 }
 _KEY_SCHEDULES = {
-    (False, 64): Schedule(64, 128, 8, 2, 2),
-    (False, 128): Schedule(64, 128, 8, 2, 2),
+    (False, 64): Schedule(64, 64, 4, 3, 2),
+    (False, 128): Schedule(64, 64, 4, 2, 2),
     (False, 256): Schedule(32, 64, 8, 2, 1),
     (True, 64): Schedule(32, 32, 8, 2, 1),
     (True, 128): Schedule(32, 32, 8, 2, 1),
@@ -255,6 +255,7 @@ def attention_backward(
     mask = None if mask is None else expand(mask, [batch, heads, queries, keys])
     functions = functions_of(mask, score, derivative, captured, [batch, heads, queries, keys], device)
     constants = _constants(head_dim, value_dim, dtype, mask_kind(mask, tiles), functions, is_causal, scale)
+    constants["SPAN"] = 0 if form is None else form.tile
     statistics = [ir.ExternKernel.require_contiguous(realized(x)) for x in (logsumexp, delta)]
     operands = [realized(x) for x in (query, key, value, grad)] + statistics
     operands += [] if mask is None or functions.mask is not None else [realized(mask)]
@@ -306,7 +307,7 @@ def _constants(
         "BLOCK_DV": padded(value_dim),
         "CAUSAL": is_causal,
         "MASK": kind,
-        **functions.constants,
+        **functions.constants(dtype),
         "SCALE": scale,
         "INPUT_PRECISION": "'tf32'" if is_tf32 else "'ieee'",
     }
@@ -332,9 +333,9 @@ def _call(
         subgraphs=functions.subgraphs,
         BLOCK_M=schedule.block_m,
         BLOCK_N=schedule.block_n,
-        **granules_of(schedule.block_m),
+        GRANULE=GRANULE,
         FULL_STAGES=schedule.full_stages,
-        EDGE_STAGES=schedule.full_stages if constants["MASK"] in (1, 2) else schedule.edge_stages,
+        EDGE_STAGES=min(schedule.full_stages, 2) if constants["MASK"] in (1, 2) else schedule.edge_stages,
         **constants,
         **arguments,
     )

@@ -20,13 +20,19 @@ _CORES = {
     "all_chunks": "q, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, CHUNKS, STAGES",
     "one_chunk": "q, k_and_v, mask_and_rows, low, full, high, KEYS, SHAPE, SCORES, STAGES",
     "fold_chunks": "PARTIAL, MAXIMA, SUMS, row, ROWS, CHUNK_TOTAL, DV, BLOCK_DV",
-    "map_row": (
+    "pairwise_row": (
         "row, captured, idx_b, group * HEADS, granule * GRANULE, QUERIES, KEYS, SCORES, HEADS, BLOCK_N, GRANULE"
+    ),
+    "bounded_rows": (
+        "tiles, captured, idx_b, group * HEADS, part * HEIGHT, granules, QUERIES, KEYS, SCORES[0], HEADS, BLOCK_N, "
+        "GRANULE, HEIGHT"
     ),
 }
 #: The functions that compute a mask and a score (``triton_computed.py``), where there are any.
 MASKS = ("0", "computed_mask")
 _SCORES = ("False, 0", "True, computed_score")
+#: Of these, what makes a map.
+_MAPS = ("pairwise_row", "bounded_rows")
 _BORDERS = "NEAR_CHUNK, NEAR_CHUNKS, FAR_CHUNK"
 #: What a name that reaches a sum may be bound to, ``#`` for a size.
 _BOUND = {
@@ -35,9 +41,16 @@ _BOUND = {
     "row_tiles": ["tl.cdiv(ROWS, BLOCK_M)"],
     "program": ["tl.program_id(0).to(INDEX_DTYPE)"],
     "tile": ["row_tiles - 1 - program % row_tiles"],
-    "idx_b": ["program // row_tiles // KEY_HEADS", "row // (HEADS * QUERIES)", "program // (#) // (#)"],
+    "idx_b": [
+        "program // row_tiles // KEY_HEADS",
+        "row // (HEADS * QUERIES)",
+        "program // (#) // (#)",
+        "program // parts // (#)",
+    ],
     "granule": ["program % (#)"],
-    "group": ["program // (#) % (#)"],
+    "group": ["program // (#) % (#)", "program // parts % (#)"],
+    "parts": ["tl.cdiv(granules, HEIGHT)"],
+    "part": ["program % parts"],
     "key_head": ["program // row_tiles % KEY_HEADS"],
     "rows": ["tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]"],
     "exists": ["rows < ROWS"],
@@ -56,12 +69,13 @@ _BOUND = {
     "full": ["tl.minimum(KEYS, first_position + 1) // BLOCK_N * BLOCK_N", "KEYS // BLOCK_N * BLOCK_N"],
     "SHAPE": ["(BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE, BLOCK_REST)"],
     "tiles_base": ["TILES + idx_b * (#) + key_head * (#)"],
-    "granules": ["(first_position // GRANULE, last_position // GRANULE)"],
-    "tiles": ["(tiles_base, #, #, granules[0], granules[1])", "0"],
+    "granules": ["(first_position // GRANULE, last_position // GRANULE)", "#"],
+    "tiles": ["(tiles_base, #, #, granules[0], granules[1])", "0", "MAP + program // parts * granules * (#)"],
     "SCORES": [
         "(False, 1, 1.0, None, None, True, computed_mask)",
+        "(computed_bounds,)",
         *(
-            f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {mask}, SCALE_FIRST, {score})"
+            f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, NARROW, COMPUTED, {mask}, SCALE_FIRST, {score})"
             for mask in MASKS
             for score in _SCORES
         ),
@@ -69,11 +83,14 @@ _BOUND = {
     "scored": ["(captured_by_score, idx_b, idx_h, tl.minimum(idx_m, # - 1))", "0"],
     "CHUNKS": [f"({_BORDERS})"],
     "STAGES": ["(FULL_STAGES, EDGE_STAGES)"],
-    "idx_c": ["tl.program_id(1).to(INDEX_DTYPE)"],
+    "idx_c": [f"attention.chunk_count(KEYS, {_BORDERS}) - 1 - tl.program_id(1).to(INDEX_DTYPE)"],
     "low": [f"attention.chunk_start(idx_c, {_BORDERS})"],
     "high": [f"tl.minimum(attention.chunk_start(idx_c + 1, {_BORDERS}), end)"],
     "row": ["tl.program_id(0).to(INDEX_DTYPE)", "MAP + program * (#)"],
-    "last": [f"attention.map_row({_CORES['map_row']})", "last + tl.zeros((1,), tl.int32)"],
+    "last": [
+        *(f"attention_map.{core}({_CORES[core]})" for core in _MAPS),
+        "last + tl.zeros((1,), tl.int32)",
+    ],
     "out": [
         "attention.finish(m, sums, acc)",
         "out.to(Q.dtype.element_ty).to(tl.float32)",
@@ -81,7 +98,7 @@ _BOUND = {
     ],
     "lse": ["attention.finish(m, sums, acc)"],
     **{
-        state: [f"attention.{core}({what})" for core, what in _CORES.items()]
+        state: [f"attention.{core}({what})" for core, what in _CORES.items() if core not in _MAPS]
         for state in ("m", "sums", "acc")
     },
 }
@@ -117,7 +134,8 @@ _PATTERNS = {
 }
 _ALL_CORES = _CORES | backward.CORES
 #: What calls of ``runtime/attention.py`` an emitted kernel may make.
-CALLS = frozenset(["chunk_start", "finish", "load_query", *_CORES])
+CALLS = frozenset(["chunk_count", "chunk_start", "finish", "load_query", *_CORES]) - frozenset(_MAPS)
+MAP_CALLS = frozenset(_MAPS)
 
 
 class AttentionProgram:
@@ -127,7 +145,7 @@ class AttentionProgram:
         self.kernel = kernel
         #: ("attention", ()) or ("attention gradient", ()) if the kernel was found to have a form of the certificate.
         self.retraced: set[tuple[str, Values]] = set()
-        rooms = ("attention", "attention_backward")
+        rooms = ("attention", "attention_backward", "attention_map")
         self.calls = [call for call in kernel.calls if dotted(call.func).split(".")[0] in rooms]
 
     def check(self) -> None:
@@ -173,7 +191,7 @@ class AttentionProgram:
         if any(dotted(call.func).startswith("attention_backward.") for call in self.calls):
             self._check_gradient(forms)
             return
-        if any(dotted(call.func) == "attention.map_row" for call in self.calls):
+        if any(dotted(call.func).startswith("attention_map.") for call in self.calls):
             self._check_map(forms, arguments)
             return
         names = ("BLOCK_N", "NEAR_CHUNK", "NEAR_CHUNKS", "FAR_CHUNK")

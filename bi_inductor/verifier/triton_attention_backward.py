@@ -46,14 +46,14 @@ BOUND = {
     ],
     "SHAPE": ["(BLOCK_M, BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, INDEX_DTYPE)"],
     "SCORES": [
-        f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, GRANULES, COMPUTED, {mask}, {score})"
+        f"(CAUSAL, MASK, SCALE, INPUT_PRECISION, NARROW, COMPUTED, {mask}, {score})"
         for mask in ("0", "computed_mask")
         for score in ("False, 0, 0", "True, computed_score, computed_derivative")
     ],
     "scored": ["(captured_by_score, idx_b, first_head)"],
     "spans_base": ["SPANS + idx_b * (#) + key_head * (#)"],
     "span": [
-        f"{_ROOM}.span_of(spans_base, #, #, key_tile * BLOCK_N, KEYS, GRANULE, BLOCK_N)",
+        f"{_ROOM}.span_of(spans_base, #, #, key_tile * BLOCK_N, KEYS, SPAN, BLOCK_N)",
         "(0, QUERIES, 0, QUERIES)",
     ],
     "acc": [f"{_ROOM}.query_gradients({CORES['query_gradients']})"],

@@ -19,11 +19,14 @@ _INDICES = ["idx_b", "idx_h", "idx_m", "idx_n", "captured"]
 #: Name -> parameters, and the tuple of the kernel that its last one is.
 FUNCTIONS = {
     "computed_mask": (_INDICES, "captured"),
+    "computed_bounds": (_INDICES, "captured"),
     "computed_score": (["score", *_INDICES], "captured_by_score"),
-    "computed_derivative": (["score", "gradient", *_INDICES], "captured_by_score"),
+    "computed_derivative": (["kept", "gradient", *_INDICES], "captured_by_score"),
 }
 #: Constants that say whether there is one.
 _FLAGS = {"COMPUTED": "computed_mask", "SCORED": "computed_score", "DERIVED": "computed_derivative"}
+#: What a function of bounds takes of the queries of a granule, and of the keys of a tile.
+_ENDS = frozenset(f"attention_map.{end}_of_{of}" for end in ("lowest", "highest") for of in ("rows", "keys"))
 _CAPTURED = re.compile(r"captured\[\d+\]")
 #: Elementwise functions, and ``load``, which reads where an element's own indices say.
 _CALLS = {
@@ -74,14 +77,24 @@ class ComputedFunctions:
         if [dotted(decorator) for decorator in function.decorator_list] != ["triton.jit"]:
             kernel.note("computed", function, "decorators")
         *statements, last = function.body
-        if not (isinstance(last, ast.Return) and isinstance(last.value, ast.Name)):
+        results = last.value if isinstance(last, ast.Return) else None
+        is_bounds = function.name == "computed_bounds"
+        has_derivative = "computed_derivative" in (other.name for other in self.functions)
+        is_right = isinstance(results, ast.Name)
+        if is_bounds or (function.name == "computed_score" and has_derivative):
+            is_right = isinstance(results, ast.Tuple) and len(results.elts) == 2
+            parts = results.elts if is_right else []  # type: ignore[union-attr]
+            if not is_bounds and is_right and isinstance(parts[1], ast.Tuple):
+                parts = [parts[0], *parts[1].elts]
+            is_right = is_right and all(isinstance(part, ast.Name) for part in parts)
+        if not is_right:
             kernel.note("computed", last)
         for statement in statements:
             self._check_statement(statement, parameters)
         reads = 0
         for node in ast.walk(ast.Module(statements, [])):
             if isinstance(node, ast.Call):
-                self._check_call(node, elementwise)
+                self._check_call(node, elementwise, _ENDS if is_bounds else frozenset())
             elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
                 kernel.note("division", node)
             elif isinstance(node, (ast.Lambda, ast.comprehension, ast.NamedExpr, ast.Starred, ast.IfExp)):
@@ -113,10 +126,10 @@ class ComputedFunctions:
             if not re.fullmatch(r"\w+", name) or name in (*parameters, "tl", "triton_helpers"):
                 self.kernel.note("computed", statement, f"{name} is rebound")
 
-    def _check_call(self, call: ast.Call, elementwise: frozenset[str]) -> None:
+    def _check_call(self, call: ast.Call, elementwise: frozenset[str], others: frozenset[str]) -> None:
         name = dotted(call.func)
         owner, _, function = name.rpartition(".")
-        is_known = function in _CALLS.get(owner, ()) or owner in elementwise
+        is_known = function in _CALLS.get(owner, ()) or owner in elementwise or name in others
         is_cast = isinstance(call.func, ast.Attribute) and call.func.attr == "to" and not (name and is_known)
         if not (name and is_known) and not is_cast:
             self.kernel.note("computed", call)

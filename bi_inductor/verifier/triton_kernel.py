@@ -9,7 +9,7 @@ from .finding import Report
 from .lengths import Forms, Names, Values
 from .syntax import KernelSyntax, assigned, carried, dotted
 from .triton_attention import CALLS as ATTENTION_CALLS
-from .triton_attention import AttentionProgram
+from .triton_attention import MAP_CALLS, AttentionProgram
 from .triton_attention_backward import CALLS as ATTENTION_BACKWARD_CALLS
 from .triton_computed import ComputedFunctions
 from .triton_copies import CALLS as COPY_CALLS
@@ -29,6 +29,7 @@ CALLS: dict[str, frozenset[str]] = {
     ),
     "attention": ATTENTION_CALLS,
     "attention_backward": ATTENTION_BACKWARD_CALLS,
+    "attention_map": MAP_CALLS,
     "draws": frozenset(["normal", "uniform"]),
     "ordered": frozenset("new_stack push_prod push_sum total_prod total_sum tree_prod tree_sum".split()),
     # Elementwise, and extrema (and any), which are exact in every order.
@@ -63,6 +64,7 @@ IMPORTS = frozenset(
         "from torch._inductor.runtime.hints import AutotuneHint, ReductionHint, TileHint, DeviceProperties",
         "from bi_inductor.runtime import attention",
         "from bi_inductor.runtime import attention_backward",
+        "from bi_inductor.runtime import attention_map",
         "from bi_inductor.runtime import checked as triton_heuristics",
         "from bi_inductor.runtime import draws",
         "from bi_inductor.runtime import ordered",

@@ -1,6 +1,7 @@
 """The map of a mask's tiles: what it says, that kernels follow it, and that it changes no bit."""
 
 import math
+import re
 
 import attention_gradients
 import pytest
@@ -13,7 +14,9 @@ from bi_inductor.attention_backward_op import attention_backward
 from bi_inductor.attention_op import attention
 from bi_inductor.attention_tiles import GRANULE, WORD, attention_map, query_spans
 from bi_inductor.interpreter import run_in_interpreter
+from bi_inductor.ir.lowering import Lowering
 from bi_inductor.testing import same_bits
+from bi_inductor.virtual import virtual_gpu
 
 
 def band(queries, keys, width=15, shift=20):
@@ -211,6 +214,32 @@ def test_what_hidden_tiles_hold_is_not_met():
     key[:, :, hidden] = math.nan
     value[:, :, 128:] = math.inf
     assert all(map(same_bits, run_in_interpreter(mapped, *inputs, mask, tiles), expected))
+
+
+@pytest.mark.parametrize("call", ["all_chunks", "one_chunk", "query_gradients"])
+def test_what_is_left_of_a_word_is_carried_by_the_gpus_ir(call):
+    """Compilers drop what they think nobody uses; in the interpreter there are none."""
+    keys = 2200 if call == "one_chunk" else 500
+    query, key, value = operands(100, keys, head_dim=64)
+    mask = band(100, keys)[None, None]
+    tiles = attention_map(mask, 1, 64)
+    spans = query_spans(tiles, 100)
+    if call == "query_gradients":
+        statistics = torch.zeros(2, 2, 2, 100).unbind()
+        (graph,) = inspect(
+            lambda *tensors: attention_backward(*tensors[:7], False, 0.25, *tensors[7:]),
+            query, query, key, value, mask, *statistics, tiles, spans,
+        ).graphs  # fmt: skip
+    else:
+        (graph,) = inspect(mapped, query, key, value, mask, tiles).graphs
+    ((name, text),) = [item for item in graph.kernels.items() if f".{call}(" in item[1]]
+    with virtual_gpu("sm_90") as device:
+        lowered = Lowering(text, name, device).lowered(0)
+    for ir in (lowered.ttir, lowered.ttgir):
+        carried = [
+            line for line in ir.splitlines() if "scf.for" in line and re.search(r"[(,] ?i64[,)]", line)
+        ]
+        assert len(carried) == 1, "the loop over runs of tiles"
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])

@@ -248,7 +248,11 @@ def run_count(seen):
 
 @triton.jit
 def next_run(seen):
-    """(first tile, how many follow on each other, what is left) of the bits ``seen``, not 0."""
+    """(first tile, how many follow on each other, what is left) of the bits ``seen``, not 0.
+
+    Loops over the run count from 0: Triton 3.6 and 3.7 take a value that only borders of loops are made of for one that
+    nobody uses, and a loop that should carry ``seen`` along would find the first run again and again.
+    """
     place = lowest_one(seen)
     count = lowest_one(~(seen >> place))
     return place, count, (seen >> (place + count)) << (place + count)
@@ -391,7 +395,8 @@ def _chunk(
         seen, holes = bits_of(words, low, high, BLOCK_N)
         for _ in tl.range(0, run_count(seen), num_stages=1):
             place, count, seen = next_run(seen)
-            for tile in tl.range(place, place + count, num_stages=STAGES[0]):
+            for step in tl.range(0, count, num_stages=STAGES[0]):
+                tile = place + step
                 has_holes = ((holes >> tile) & 1) != 0
                 start = low + tile * BLOCK_N
                 state = (m, sums, acc)

@@ -182,7 +182,8 @@ def query_gradients(
             seen, holes = bits_of(words, low, end, BLOCK_N)
             for _ in tl.range(0, run_count(seen), num_stages=1):
                 place, count, seen = next_run(seen)
-                for tile in tl.range(place, place + count, num_stages=STAGES[0]):
+                for step in tl.range(0, count, num_stages=STAGES[0]):
+                    tile = place + step
                     has_holes = ((holes >> tile) & 1) != 0
                     acc = _query_tile(
                         acc,

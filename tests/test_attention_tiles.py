@@ -1,6 +1,7 @@
 """The map of a mask's tiles: what it says, that kernels follow it, and that it changes no bit."""
 
 import math
+import random
 import re
 
 import attention_gradients
@@ -179,6 +180,47 @@ def test_bounds_are_never_wrong(mask, dynamic):
     assert not (expected[..., :-2] & ~found[..., :-2]).any()
     assert (found[..., -2] <= expected[..., -2]).all() and (found[..., -1] >= expected[..., -1]).all()
     assert not torch.equal(found[..., :-2] & 1, torch.ones_like(found[..., :-2])), "something is known"
+
+
+OF_QUERIES = ["i", "i // 5", "i - 40", "i % 7", "2 * i", "extra[i]", "extra[i // 2]", "extra[0] * 20"]
+OF_KEYS = ["j", "j // 64", "j - 17", "j % 33", "extra[j]", "extra[j // 3]", "extra[1] * 20"]
+COMPARISONS = [">=", ">", "<=", "<", "==", "!="]
+
+
+def written(generator, depth):
+    """A mask, as text: comparisons of what queries and keys decide, and of sums of both, joined at random."""
+    if depth == 0 or generator.random() < 0.3:
+        sign = generator.choice(COMPARISONS)
+        sides = [generator.choice(OF_QUERIES), generator.choice(OF_KEYS)]
+        generator.shuffle(sides)
+        return generator.choice([
+            f"({sides[0]} {sign} {sides[1]})",
+            f"(i {generator.choice('+-')} j {sign} {generator.randrange(-50, 400)})",
+            f"((i - j).abs() {sign} {generator.choice(['90', 'extra[2] * 9', 'extra[i]'])})",
+        ])  # fmt: skip
+    first, second = written(generator, depth - 1), written(generator, depth - 1)
+    return generator.choice([f"({first} & {second})", f"({first} | {second})", f"(~{first})"])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bounds_of_random_masks_are_never_wrong(seed):
+    generator = random.Random(seed)
+    text, (queries, keys) = written(generator, 3), generator.choice([(5, 130), (40, 300), (70, 700)])
+    scope = {}
+    exec(f"def mask(i, j, extra):\n    return {text}", scope)
+    extra = torch.randint(0, 20, (keys,), generator=torch.Generator().manual_seed(seed))
+    if seed % 2:
+        extra = extra.sort().values
+
+    def fn(extra):
+        visible = scope["mask"](
+            torch.arange(queries, device=extra.device)[:, None], places(1, keys, extra.device)[1], extra
+        )
+        return attention_map(visible.expand(1, 1, queries, keys), 1, 64)
+
+    found, expected = run_in_interpreter(fn, extra), fn(extra)
+    assert not (expected[..., :-2] & ~found[..., :-2]).any(), text
+    assert (found[..., -2] <= expected[..., -2]).all() and (found[..., -1] >= expected[..., -1]).all(), text
 
 
 @pytest.mark.parametrize("queries", [1, 17], ids=["split", "in sequence"])

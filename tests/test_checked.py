@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bi_inductor import BatchInvarianceError, doctor, inspect
 from bi_inductor.offline import compile_offline, load_kernel
 from bi_inductor.runtime import checked
-from bi_inductor.runtime.checked import CheckedKernel, _ttgir
+from bi_inductor.runtime.checked import CheckedKernel, _ir
 from bi_inductor.templates import quantized_tiles
 from bi_inductor.ttgir import wrong_sums
 from bi_inductor.ttgir.accumulators import wrong_starts
@@ -54,7 +54,9 @@ def test_kernels_of_attention_and_of_other_products_are_checked(monkeypatch):
         inspect(torch._int_mm, int8, int8.t(), target="sm_90"),
         inspect(torch._grouped_mm, experts[0].t(), experts, ends.int(), target="sm_90"),
     ]
-    monkeypatch.setattr(checked, "wrong_sums", lambda ttgir: ["a fault", "another"] * ("tt.func" in ttgir))
+    monkeypatch.setattr(
+        checked, "wrong_sums", lambda *irs: ["a fault", "another"] * all("tt.func" in ir for ir in irs)
+    )
     for graph in graphs:
         with pytest.raises(BatchInvarianceError, match="its GPU IR has a fault"):
             compile_offline(graph, "sm_90")
@@ -62,10 +64,11 @@ def test_kernels_of_attention_and_of_other_products_are_checked(monkeypatch):
 
 def test_a_kernel_for_inductors_launcher_is_read_beside_its_cubin(tmp_path):
     kernel = types.SimpleNamespace(cubin_path=str(tmp_path / "kernel.cubin"))
-    assert _ttgir(kernel) == ""  # Triton was told to keep binaries only
-    (tmp_path / "kernel.ttgir").write_text("module {}")
-    assert _ttgir(kernel) == "module {}"
-    assert _ttgir(types.SimpleNamespace(asm={"ttgir": "module {}"})) == "module {}"
+    for kind in ("ttgir", "ttir"):
+        assert _ir(kernel, kind) == ""  # Triton was told to keep binaries only
+        (tmp_path / f"kernel.{kind}").write_text(kind)
+        assert _ir(kernel, kind) == kind
+        assert _ir(types.SimpleNamespace(asm={kind: "module {}"}), kind) == "module {}"
 
 
 #: A chain in a loop, then one more dot, in the way of a pipelined loop; ``{...}`` is filled in.

@@ -74,7 +74,7 @@ class ModuleRun:
             self.cache[name] = Lowering(self.kernels[name], name, self.device)
         lowering = self.cache[name]
         lowered = lowering.lowered(self.number)
-        self.wrong[name] = wrong_sums(lowered.ttgir)
+        self.wrong[name] = wrong_sums(lowered.ttgir, lowered.ttir)
         try:
             if name in self.left_out:
                 raise UnsupportedError(self.left_out[name])

@@ -27,7 +27,7 @@ class CheckedKernel(CachingAutotuner):
 
     def _precompile_config(self, cfg: Config) -> Any:
         result = super()._precompile_config(cfg)
-        wrong = wrong_sums(_ttgir(result.kernel))
+        wrong = wrong_sums(*(_ir(result.kernel, kind) for kind in ("ttgir", "ttir")))
         if wrong:
             raise BatchInvarianceError(
                 f"the compiled kernel {self.inductor_meta.get('kernel_name')} ({cfg})",
@@ -37,14 +37,14 @@ class CheckedKernel(CachingAutotuner):
         return result
 
 
-def _ttgir(kernel: Any) -> str:
-    """The GPU IR that ``kernel`` was made from, or "" where Triton was told to keep binaries only.
+def _ir(kernel: Any, kind: str) -> str:
+    """The IR that ``kernel`` was made from, "ttir" or "ttgir", or "" where Triton was told to keep binaries only.
 
     A kernel for Inductor's own launcher knows its cubin's place alone, beside which Triton left the IR.
     """
     if hasattr(kernel, "asm"):
-        return kernel.asm.get("ttgir", "")
-    file = Path(kernel.cubin_path).with_suffix(".ttgir")
+        return kernel.asm.get(kind, "")
+    file = Path(kernel.cubin_path).with_suffix(f".{kind}")
     return file.read_text() if file.exists() else ""
 
 

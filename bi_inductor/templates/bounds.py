@@ -32,8 +32,6 @@ _COMPARISONS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _AND = ("bitwise_and", "logical_and", "and_")
 _OR = ("bitwise_or", "logical_or", "or_")
 _NOT = ("bitwise_not", "logical_not", "invert")
-
-
 _POSITIONS = {sympy_index_symbol(name) for name in ("idx_m", "idx_n")}
 
 
@@ -70,11 +68,14 @@ class BoundsHandler(DefaultHandler):
         self.read: set[str] = set()
 
     def _default(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(callable(x) for x in (*args, *kwargs.values())):  # ``masked``: operations of its own
+            raise HasNoBounds(name)
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, (Exact, Bounds))]
         axes: frozenset[str] = frozenset().union(*(x.axes for x in given if isinstance(x, Exact)))
         if len(axes) < 2 and not any(isinstance(x, Bounds) for x in given):
             values = [x.value if isinstance(x, Exact) else x for x in args]
-            result = getattr(self.elements, name)(*values, **kwargs)
+            options = {key: x.value if isinstance(x, Exact) else x for key, x in kwargs.items()}
+            result = getattr(self.elements, name)(*values, **options)
             if isinstance(result, tuple):
                 raise HasNoBounds(name)
             return Exact(result, result.dtype, axes, any(x.is_read for x in given if isinstance(x, Exact)))

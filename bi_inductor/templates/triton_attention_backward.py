@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._inductor import ir
 from torch._inductor.lowering import empty, expand, permute
+from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
@@ -177,8 +178,8 @@ class Schedule:
     edge_stages: int
 
 
-#: By (elements of more than 2 bytes, padded head dim): what fits the shared memory of an A100. On an H100 these, and no
-#: others yet, were timed (docs/prices.md).
+#: By (elements of more than 2 bytes, padded head dim): what fits the shared memory of an A100. For elements of 2 bytes
+#: and widths up to 128 the fastest on an H200 (attention_backward_sweep.csv); the others were not timed.
 _QUERY_SCHEDULES = {
     (False, 64): Schedule(64, 64, 4, 3, 1),
     (False, 128): Schedule(128, 64, 8, 3, 1),
@@ -195,20 +196,30 @@ _KEY_SCHEDULES = {
     (True, 128): Schedule(32, 32, 8, 2, 1),
     (True, 256): Schedule(16, 16, 8, 1, 1),
 }
+#: Before Hopper, whose tensor cores read operands from shared memory, those need more registers: where the schedules
+#: above spill under a mask, by up to 5 KB a thread, these do not.
+_QUERY_SCHEDULES_BEFORE_HOPPER = {**_QUERY_SCHEDULES, (False, 128): Schedule(64, 64, 4, 2, 1)}
+_KEY_SCHEDULES_BEFORE_HOPPER = {
+    **_KEY_SCHEDULES,
+    (False, 64): Schedule(32, 64, 4, 2, 2),
+    (False, 128): Schedule(64, 64, 8, 2, 2),
+}
 
 
-def query_schedule_for(rows: int | None, width: int, itemsize: int) -> Schedule:
+def query_schedule_for(rows: int | None, width: int, itemsize: int, major: int) -> Schedule:
     """The schedule of dq for ``rows`` of each key head (None: only known at run time).
 
-    ``width``: the larger of the two head dims, padded.
+    ``width``: the larger of the two head dims, padded; ``major``: of the compute capability.
     """
-    schedule = _QUERY_SCHEDULES[itemsize > 2, max(64, width)]
+    table = _QUERY_SCHEDULES if major >= 9 else _QUERY_SCHEDULES_BEFORE_HOPPER
+    schedule = table[itemsize > 2, max(64, width)]
     return dataclasses.replace(schedule, block_m=_shortened(schedule.block_m, rows))
 
 
-def key_schedule_for(keys: int | None, width: int, itemsize: int) -> Schedule:
+def key_schedule_for(keys: int | None, width: int, itemsize: int, major: int) -> Schedule:
     """The schedule of dk and dv for ``keys`` of each key head; as :func:`query_schedule_for`."""
-    schedule = _KEY_SCHEDULES[itemsize > 2, max(64, width)]
+    table = _KEY_SCHEDULES if major >= 9 else _KEY_SCHEDULES_BEFORE_HOPPER
+    schedule = table[itemsize > 2, max(64, width)]
     return dataclasses.replace(schedule, block_n=_shortened(schedule.block_n, keys))
 
 
@@ -218,10 +229,10 @@ def _shortened(tile: int, length: int | None) -> int:
 
 def schedules(width: int, itemsize: int) -> tuple[tuple[Schedule, ...], tuple[Schedule, ...]]:
     """Every schedule of dq, and of dk and dv, that may be chosen for heads of ``width`` padded elements."""
-    lengths = (16, 32, 64, None)
+    sizes = [(length, width, itemsize, major) for major in (9, 8) for length in (16, 32, 64, None)]
     return (
-        tuple(dict.fromkeys(query_schedule_for(length, width, itemsize) for length in lengths)),
-        tuple(dict.fromkeys(key_schedule_for(length, width, itemsize) for length in lengths)),
+        tuple(dict.fromkeys(query_schedule_for(*size) for size in sizes)),
+        tuple(dict.fromkeys(key_schedule_for(*size) for size in sizes)),
     )
 
 
@@ -248,7 +259,8 @@ def attention_backward(
     dtype, device = query.get_dtype(), query.get_device()
     width, pairs = padded(max(head_dim, value_dim)), batch * key_heads
     rows = queries * FloorDiv(heads, key_heads)
-    schedule = query_schedule_for(static_size(rows), width, dtype.itemsize)
+    major = DeviceProperties.create(device).major
+    schedule = query_schedule_for(static_size(rows), width, dtype.itemsize, major)
     form = contract.attention_form(head_dim, value_dim, dtype)
     if form is None or schedule.block_n != form.tile:  # the map is of other tiles
         tiles = spans = None
@@ -276,7 +288,7 @@ def attention_backward(
         [*operands, *tile_maps[1:], realized(stored)],
         _beside_each_other(device, dtype, [batch, key_heads, keys, head_dim]),
         [pairs, keys],
-        key_schedule_for(static_size(keys), width, dtype.itemsize),
+        key_schedule_for(static_size(keys), width, dtype.itemsize, major),
         constants,
         functions,
         mutated_inputs=[realized(stored)],

@@ -29,7 +29,8 @@ int32 [b, 1 or ``groups``, granules, 2 * words + 2].
 
 For each 16 queries and each 32 tiles of ``tile`` keys two words: bit t of the first says that a query, of any head of
 its group, sees a key of tile t, and of the second that one does not see ``tile`` keys there. Then the first tile of
-which something is seen and the one after the last ((32 * words, 0) if there is none).
+which something is seen and the one after the last ((32 * words, 0) if there is none). A kernel that goes by the bounds
+of a mask (``templates/bounds.py``) may say so of more tiles, never of fewer.
 """
 
 

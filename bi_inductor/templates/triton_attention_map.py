@@ -99,12 +99,13 @@ def attention_map(visible: ir.TensorBox, groups: int, tile: int) -> ir.TensorBox
     stored = empty(made, dtype=torch.int32, device=device)
     function = computed(visible)
     is_bounded = function is not None and has_bounds(function.body, list(INDICES))
+    height: dict[str, Any] = {"HEIGHT": HEIGHT} if is_bounded else {}
     programs = made[0] * made[1] * (CeilDiv(made[2], HEIGHT) if is_bounded else made[2])
-    constants: dict[str, Any] = {"HEIGHT": HEIGHT, "num_warps": 8} if is_bounded else {"num_warps": 8}
     emit(
         bounded_template if is_bounded else pairwise_template,
         [realized(stored)],
         ir.FixedLayout(device, torch.int32, [programs * HEIGHT if is_bounded else programs]),
+        num_warps=8,
         num_stages=1,
         mutated_inputs=[realized(stored)],
         call_sizes=[programs],
@@ -112,6 +113,6 @@ def attention_map(visible: ir.TensorBox, groups: int, tile: int) -> ir.TensorBox
         HEADS=heads // made[1],
         BLOCK_N=tile,
         GRANULE=GRANULE,
-        **constants,
+        **height,
     )
     return stored

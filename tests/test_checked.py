@@ -14,6 +14,7 @@ from bi_inductor.runtime.checked import CheckedKernel, _ir
 from bi_inductor.templates import quantized_tiles
 from bi_inductor.ttgir import wrong_sums
 from bi_inductor.ttgir.accumulators import wrong_starts
+from bi_inductor.ttgir.carried import lost_words
 
 CHOICE = "acc = tl.where(acc == 0.0, 0.0, acc)"
 
@@ -69,6 +70,33 @@ def test_a_kernel_for_inductors_launcher_is_read_beside_its_cubin(tmp_path):
         (tmp_path / f"kernel.{kind}").write_text(kind)
         assert _ir(kernel, kind) == kind
         assert _ir(types.SimpleNamespace(asm={kind: "module {}"}), kind) == "module {}"
+
+
+#: The loops over chunks, over runs of tiles and over the tiles of a run, and what each of them carries.
+LOOPS = """
+    %m = scf.for %chunk = %c0 to %n step %c1 iter_args(%m_ = %m0) -> ({0}) : i32 {{
+      %seen:2 = scf.for %_ = %c0 to %runs step %c1 iter_args(%a = %m_) -> ({1}) : i32 {{
+        %acc = scf.for %step = %c0 to %count step %c1 iter_args(%b = %a) -> ({2}) : i32 {{
+        }} loc(#loc)
+      }} loc(#loc)
+    }} loc(#loc)
+"""
+ACC = "tensor<64x64xf32, #mma>"
+
+
+@pytest.mark.parametrize(
+    ("after", "is_lost"),
+    [
+        ((ACC, f"{ACC}, i64", ACC), False),
+        ((ACC, f"{ACC}, i64", f"{ACC}, i32, !ttg.async.token"), False),
+        ((ACC, ACC, ACC), True),
+        ((ACC, ACC, f"{ACC}, i32, i64"), True),  # an address, which pipelining lets the loop over tiles carry
+    ],
+)
+def test_a_word_that_a_loop_lost(after, is_lost):
+    before = LOOPS.format(ACC, f"{ACC}, i64", ACC)
+    assert bool(lost_words(before, LOOPS.format(*after))) == is_lost
+    assert not lost_words(LOOPS.format(ACC, ACC, f"{ACC}, i64"), LOOPS.format(ACC, ACC, ACC))
 
 
 #: A chain in a loop, then one more dot, in the way of a pipelined loop; ``{...}`` is filled in.

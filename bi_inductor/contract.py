@@ -206,7 +206,8 @@ def matmul_form(length: Length, dtype: Any, *, tf32: bool = False) -> Form:
 
 
 #: Chunks that decoding computes side by side. The near ones are short, so that one sequence of a few thousand keys
-#: fills a GPU; the far ones are long, since prefill pays for each border (H100, 8192 causal: 2 % of the time for 9).
+#: fills a GPU; the far ones are longer, since prefill pays for each border, but not so long that decoding waits for one
+#: (attention_decode_sweep.csv, attention_far_chunk.csv).
 _NEAR_CHUNK, _NEAR_KEYS, _FAR_CHUNK = 512, 8192, 1024
 
 

@@ -9,7 +9,7 @@ arguments], then the number of its result. ``{"v": n}`` is value n: first the in
 Values are tensors of one element when a program is made. It may be run on tensors that broadcast to [B, H, L, S], or by
 lowerings that compute an element where a kernel needs it: ops with an axis are not in programs. A division by a number
 is a product with its reciprocal, as eager PyTorch has it on a GPU: one that rounds correctly calls a function for rare
-cases, which took a third of the time of a forward with a soft-cap.
+cases, and took a third of the instructions of a soft-cap.
 """
 
 from __future__ import annotations

@@ -29,8 +29,7 @@ from bi_inductor.score_programs import run
 from bi_inductor.templates.bounds import BoundsHandler
 from bi_inductor.templates.emission import TemplateKernel, realized
 
-#: Parameters of the functions: what they are given of an element, its indices, and a tuple of what they read.
-GIVEN = ("score",)
+#: Parameters of the functions: an element's indices, and a tuple of what they read.
 INDICES = ("idx_b", "idx_h", "idx_m", "idx_n")
 CAPTURED = "captured"
 #: Buffers that stand for what functions are given.
@@ -235,9 +234,8 @@ class ComputingKernel(TemplateKernel):
     def computed(self, kind: str) -> str:
         """A tuple of the kernel's arguments that the function of this kind unpacks, in their order."""
         (result,), needed, lines = self._body(lambda: [self._element(kind)])
-        return self._written(
-            kind, [*GIVEN[: self.KINDS.index(kind)], *INDICES], needed, [*lines, f"return {result}"]
-        )
+        given = ["score"] if kind == "score" else []
+        return self._written(kind, [*given, *INDICES], needed, [*lines, f"return {result}"])
 
     def bounded(self) -> str:
         """As ``computed("mask")``, of the function that gives the mask's bounds (``bounds.py``)."""

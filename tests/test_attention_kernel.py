@@ -13,6 +13,7 @@ from accuracy import assert_accurate
 
 from bi_inductor import contract, inspect, oracle, verifier
 from bi_inductor.attention_op import OVERLOAD, attention
+from bi_inductor.codegen import triton
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.offline import compile_offline
 from bi_inductor.templates import triton_attention
@@ -190,6 +191,31 @@ def test_one_graph_for_few_and_many_queries_has_the_bits_of_others(short_chunks,
     """16 rows of a key head, chunks side by side, and more, in sequence; the same source serves both."""
     inputs = operands(1, 2, 1, queries, 100, 16)
     assert same_bits(run_in_interpreter(full, *inputs, dynamic=True), run_in_interpreter(full, *inputs))
+
+
+def beside_attention(x):
+    """``x`` clamped reads what attention reads and has its size: Inductor computes it in attention's kernel."""
+    return F.scaled_dot_product_attention(x, x, x), x.clamp(-2, 1)
+
+
+def test_nothing_else_is_computed_in_a_kernel_that_may_have_no_program():
+    (x, *_) = operands(5, 1, 1, 3, 3, 16)
+    attended, clamped = run_in_interpreter(beside_attention, x, dynamic=True)
+    assert same_bits(attended, run_in_interpreter(full, x, x, x)) and same_bits(clamped, x.clamp(-2, 1))
+
+
+def test_where_it_is_some_of_it_is_not_written(monkeypatch):
+    """The guard for it switched off."""
+    with_guard = kernels(beside_attention, *operands(5, 1, 1, 3, 3, 16)[:1], dynamic=True)
+    monkeypatch.setattr(triton, "_may_be_idle", lambda *nodes: False)
+    without = kernels(beside_attention, *operands(5, 1, 1, 3, 3, 16)[:1], dynamic=True)
+    assert len(without.kernels) == len(with_guard.kernels) - 1
+    assert "clamp" in next(iter(without.kernels)) and "clamp" not in next(iter(with_guard.kernels))
+
+
+def test_it_is_computed_in_one_that_has():
+    (graph,) = inspect(beside_attention, *operands(5, 1, 1, 3, 3, 16)[:1]).graphs
+    assert "clamp" in next(iter(graph.kernels))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

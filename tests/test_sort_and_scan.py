@@ -3,9 +3,11 @@
 import pytest
 import torch
 from devices import DEVICES, compiled, over_batches, random_rows
+from torch._inductor.codegen.triton import TritonKernelOverrides
 
 import bi_inductor
 from bi_inductor import oracle, verifier
+from bi_inductor.codegen import triton_ops
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.testing import same_bits
 
@@ -131,6 +133,46 @@ def test_the_triton_kernels_have_the_oracles_bits():
     values, indices = run_in_interpreter(lambda y: y.sort(-1), y)
     expected, order = stable(y)
     assert same_bits(values, expected) and torch.equal(indices, order)
+
+
+def spread_of_prefixes(x):
+    return x.cumsum(-1).var(-1)
+
+
+def test_a_prefix_has_no_block_that_ends_behind_it_when_their_kernels_are_one():
+    for length in (7, 8, 9, 16):
+        x = random_rows(3, length)
+        expected = oracle.var_mean(oracle.scan(x), -1)[0]
+        assert same_bits(run_in_interpreter(spread_of_prefixes, x), expected), length
+
+
+def test_without_the_mask_of_a_load_from_registers_it_has(monkeypatch):
+    """The guard for it switched off; torch 2.14 has one of its own."""
+    monkeypatch.setattr(triton_ops.TritonOps, "masked", staticmethod(TritonKernelOverrides.masked))
+    x = random_rows(3, 8)
+    lost = not same_bits(run_in_interpreter(spread_of_prefixes, x), oracle.var_mean(oracle.scan(x), -1)[0])
+    assert lost == (torch.__version__ < "2.14")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_fused_with_a_scan_has_the_oracles_bits(device, dynamic):
+    for length in (3, 8, 16, 24):
+        torch._dynamo.reset()
+        x = random_rows(5, length, device=device)
+        found = compiled(spread_of_prefixes, dynamic=dynamic)(x)
+        assert same_bits(found.cpu(), oracle.var_mean(oracle.scan(x.cpu()), -1)[0]), length
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_of_a_product_scan_is_right(device):
+    x = (1 + random_rows(40, 16, seed=2) / 64).to(device)
+    upstream = random_rows(40, 16, seed=1).to(device)
+    expected = x.double().requires_grad_()
+    expected.cumprod(-1).backward(upstream.double())
+    leaf = x.clone().requires_grad_()
+    compiled(lambda x: x.cumprod(-1))(leaf).backward(upstream)
+    torch.testing.assert_close(leaf.grad.double(), expected.grad, rtol=1e-4, atol=1e-2)
 
 
 def test_an_unstable_sort_in_a_kernel_is_found():

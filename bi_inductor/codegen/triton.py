@@ -19,7 +19,7 @@ from torch._inductor.utils import aggregate_origins
 from torch._inductor.virtualized import V
 
 from .. import _compat
-from . import triton_draws
+from . import triton_ops
 from .triton_sizes import SizePrinter
 
 #: Upper bound of a reduced length about which nothing is known; int64 indexing does not loop further in practice.
@@ -33,13 +33,13 @@ class BatchInvariantTritonKernel(TritonKernel):
     numbers by position."""
 
     kexpr = staticmethod(SizePrinter().doprint)
-    overrides = triton_draws.DrawsByPosition  # type: ignore[assignment]
+    overrides = triton_ops.TritonOps  # type: ignore[assignment]
 
     @classmethod
     def gen_common_triton_imports(cls) -> str:
         # Our tiles under Inductor's name: its tools find out what a kernel is by its decorator's text.
         return super().gen_common_triton_imports() + (
-            triton_draws.IMPORT + "from bi_inductor.runtime import ordered\n"
+            triton_ops.IMPORT + "from bi_inductor.runtime import ordered\n"
             "from bi_inductor.runtime import schedules as triton_heuristics\n"
         )
 
@@ -144,9 +144,20 @@ class BatchInvariantTritonScheduling(TritonScheduling):
 
     kernel_type = BatchInvariantTritonKernel
 
+    def can_fuse_vertical(self, node1: Any, node2: Any) -> bool:
+        return not _may_be_idle(node1, node2) and bool(super().can_fuse_vertical(node1, node2))
+
+    def can_fuse_horizontal(self, node1: Any, node2: Any) -> bool:
+        return not _may_be_idle(node1, node2) and bool(super().can_fuse_horizontal(node1, node2))
+
     def define_kernel(self, src_code: str, node_schedule: Any, kernel: Any) -> str:
         """As Inductor's; the graph is told which ops are in a kernel that is used again, above which no comment is."""
         name = super().define_kernel(src_code, node_schedule, kernel)
         origins = aggregate_origins(node_schedule)
         V.graph.kernel_ops.setdefault(name, set()).update(origin.name for origin in origins)
         return name
+
+
+def _may_be_idle(*nodes: Any) -> bool:
+    """True if one of the nodes is a template that may be launched without a program (``templates/emission.py``)."""
+    return any(getattr(node.get_template_node(), "may_be_idle", False) for node in nodes)

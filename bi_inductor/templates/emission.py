@@ -19,7 +19,7 @@ from torch._inductor.select_algorithm import TritonTemplate, TritonTemplateKerne
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
-from bi_inductor.codegen import triton_draws
+from bi_inductor.codegen import triton_ops
 from bi_inductor.codegen.triton_sizes import SizePrinter
 
 
@@ -29,14 +29,12 @@ class TemplateKernel(TritonTemplateKernel):
     """
 
     kexpr = staticmethod(SizePrinter().doprint)
-    overrides = triton_draws.DrawsByPosition  # type: ignore[assignment]
+    overrides = triton_ops.TritonOps  # type: ignore[assignment]
 
     @classmethod
     def gen_common_triton_imports(cls) -> str:
         imports: str = super().gen_common_triton_imports()
-        return (
-            imports + triton_draws.IMPORT + "from bi_inductor.runtime import checked as triton_heuristics\n"
-        )
+        return imports + triton_ops.IMPORT + "from bi_inductor.runtime import checked as triton_heuristics\n"
 
     @contextlib.contextmanager
     def set_subgraph_body(self, body_name: str) -> Iterator[None]:
@@ -112,10 +110,13 @@ def emit(
     num_warps: int,
     num_stages: int,
     triton_meta: dict[str, Any] | None = None,
+    may_be_idle: bool = False,
     **arguments: Any,
 ) -> ir.TensorBox:
     """The output of ``template`` on realized ``operands``, with ``layout``.
 
+    ``may_be_idle``: the grid may turn out empty although the output is not, because another kernel writes it then; so
+    nothing else may be computed in this one (``codegen/triton.py``).
     ``arguments``: constants of the source, and what ``maybe_append_choice`` takes besides.
     """
     numerics = {"enable_fp_fusion": False, "disable_ftz": config.eager_numerics.disable_ftz}
@@ -131,7 +132,9 @@ def emit(
     )
     if error is not None:
         raise error
-    return choices[0].output_node()
+    output = choices[0].output_node()
+    output.data.data.may_be_idle = may_be_idle
+    return output
 
 
 def rounded(value: Any, accumulator: torch.dtype, dtype: torch.dtype) -> Any:

@@ -346,7 +346,17 @@ def attention(
     constants = _constants(form, schedule, head_dim, value_dim, dtype, kind, functions, is_causal, scale)
     grid = [pairs, per_pair * (1 - few), 1]
     inputs = [*operands, logsumexp]
-    out = _call(whole_template, inputs, [logsumexp], layout, grid, schedule, constants, functions)
+    out = _call(
+        whole_template,
+        inputs,
+        [logsumexp],
+        layout,
+        grid,
+        schedule,
+        constants,
+        functions,
+        may_be_idle=few != 0,
+    )
     if few != 0:
         short = _with_warps_for(functions, dataclasses.replace(schedule_for(FEW_ROWS, *sizes), split=True))
         inputs = [*states(chunk_total(keys, form) * few, short), logsumexp, out]
@@ -453,6 +463,7 @@ def _call(
     schedule: Schedule,
     constants: dict[str, Any],
     functions: Functions = _NOTHING,
+    may_be_idle: bool = False,
 ) -> ir.TensorBox:
     return emit(
         template,
@@ -463,5 +474,6 @@ def _call(
         mutated_inputs=[realized(x) for x in mutated],
         call_sizes=grid,
         subgraphs=functions.subgraphs,
+        may_be_idle=may_be_idle,
         **constants,
     )

@@ -46,7 +46,8 @@ def attest(graph: BatchInvariantGraphLowering, source: str) -> Certificate:
         is_backward=bool(graph.is_backward),
     )
     is_verified = not graph.has_unproven
-    examination = verifier.check(source, made) if is_verified else verifier.examine(source, made)
+    read = verifier.check if is_verified else verifier.examine
+    examination = read(source, made, graph.kernel_ops)
     made = with_levels(made, examination.kernels, graph.kernel_ops, is_verified)
     log.debug("%s\n%s", made, annotated.annotated_graph(graph.module, made))
     _trace(lambda: annotated.artifact(made, graph.module))

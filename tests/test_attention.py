@@ -267,6 +267,16 @@ def test_decoding_gives_the_bits_of_prefill(device):
         assert same_bits(row, prefill[:, :, t : t + 1]), t
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_computed_beside_attention_is_computed(device):
+    """Few queries of unknown number: on a GPU the kernel of many is launched without a program."""
+    x = torch.randn(5, 3, 16).to(device)
+    fn = compiled(lambda x: (F.scaled_dot_product_attention(x, x, x), x.clamp(-2, 1)), dynamic=True)
+    attended, clamped = fn(x)
+    assert_accurate(attended, exact(x, x, x))
+    assert same_bits(clamped, x.clamp(-2, 1))
+
+
 @pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -1,5 +1,6 @@
 """The verifier: real code is clean, and every corruption of it is found under the rule that forbids it."""
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from inspected import REDUCTIONS, Block
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 
-from bi_inductor import BatchInvarianceError, graph, inspect, verifier
+from bi_inductor import BatchInvarianceError, certificate, graph, inspect, verifier
 from bi_inductor.dry_run import DryRun
 from bi_inductor.options import required_patches
 from bi_inductor.verifier.lengths import Forms, cpp_values_of, values_of
@@ -757,3 +758,20 @@ def test_an_extremum_of_rows_without_a_rest_is_admitted():
     kept = re.compile(r"(_tmp\d+) = (tmp\d+)\n")
     assert kept.search(graph.source)
     assert verifier.verify(kept.sub(r"\1 = tmp0\n", graph.source, count=1), graph.certificate)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "cpu"])
+def test_a_kernel_that_serves_two_ops_has_the_lengths_of_both(target):
+    """Weight gradients of two batches that are symbols of their own: one kernel, called with either."""
+
+    def products(x, a, y, b):
+        return x @ a, y @ b
+
+    inputs = [torch.empty(131, 8, 2), torch.empty(2, 3)] * 2
+    run = DryRun(target, backward=True, batch_dim=0)
+    sources, _ = run(products, tuple(x.clone().requires_grad_() for x in inputs), {})
+    made = certificate.extract(sources[1])
+    assert not verifier.verify(sources[1], made)
+    if target != "cpu":
+        told = verifier.verify(sources[1], dataclasses.replace(made, kernels=()))
+        assert {finding.rule for finding in told} == {"length"}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from ..certificate import Certificate, Entry, extract
 from ..errors import BatchInvarianceError
@@ -67,9 +67,17 @@ def verify(source: str, certificate: Certificate | None = None) -> tuple[Finding
     return examine(source, certificate).findings
 
 
-def examine(source: str, certificate: Certificate | None = None) -> Examination:
-    """The same, with what was found to be in order in each kernel."""
+def examine(
+    source: str, certificate: Certificate | None = None, ops_of: Mapping[str, Collection[str]] | None = None
+) -> Examination:
+    """The same, with what was found to be in order in each kernel.
+
+    ``ops_of``: kernel name -> names of the ops in it, by default those that the certificate has; the comment above a
+    kernel says for which one it was made, and not what else uses it.
+    """
     made = certificate or extract(source)
+    if ops_of is None:
+        ops_of = {kernel.name: kernel.ops for kernel in made.kernels} if made else {}
     report = Report("wrapper")
     try:
         wrapper = Wrapper(source, report, made.entries if made else ())
@@ -77,7 +85,7 @@ def examine(source: str, certificate: Certificate | None = None) -> Examination:
         report.add("parse", error.lineno or 1, str(error))
         return Examination(tuple(report.findings), ())
     findings = report.findings
-    graph = _Graph(made.entries if made else None)
+    graph = _Graph(made.entries if made else None, ops_of)
     for definition in wrapper.definitions:
         report = Report(definition.name, definition.line)
         if definition.is_triton:
@@ -94,11 +102,12 @@ def examine(source: str, certificate: Certificate | None = None) -> Examination:
 class _Graph:
     """What the kernels of one graph have in common: its forms, and how many chunks its sums were cut into.
 
-    A kernel's own forms are those of the ops that the comment above it names; without any, all of the graph's.
+    A kernel's own forms are those of the ops that the comment above it names and of ``ops_of``, by its name; without
+    any, all of the graph's.
     """
 
-    def __init__(self, entries: tuple[Entry, ...] | None) -> None:
-        self.entries = entries
+    def __init__(self, entries: tuple[Entry, ...] | None, ops_of: Mapping[str, Collection[str]]) -> None:
+        self.entries, self.ops_of = entries, ops_of
         self.forms = Forms(entries or ())
         self.chunks: set[Values] = set()
         self.disable_ftz: set[object] = set()
@@ -135,7 +144,8 @@ class _Graph:
 
     def _check_lengths(self, kernel: TritonKernel, definition: Definition, wrapper: Wrapper) -> None:
         if self.entries is not None:
-            own = [entry for entry in self.entries if entry.name in definition.nodes] or self.entries
+            names = definition.nodes.union(self.ops_of.get(definition.name, ()))
+            own = [entry for entry in self.entries if entry.name in names] or self.entries
             forms = Forms(own)
             has_flip = any(entry.op.startswith(("aten.flip", "prims.rev")) for entry in own)
             for arguments in list(wrapper.arguments(definition, kernel.parameters)) or [{}]:
@@ -179,9 +189,11 @@ def verify_settings() -> tuple[Finding, ...]:
     return tuple(report.findings)
 
 
-def check(source: str, certificate: Certificate | None = None) -> Examination:
+def check(
+    source: str, certificate: Certificate | None = None, ops_of: Mapping[str, Collection[str]] | None = None
+) -> Examination:
     """Raise BatchInvarianceError for the first finding in ``source`` or in Inductor's settings."""
-    examination = examine(source, certificate)
+    examination = examine(source, certificate, ops_of)
     findings = verify_settings() + examination.findings
     if findings:
         first, more = findings[0], len(findings) - 1

@@ -1,7 +1,7 @@
 """Emitted Triton kernels executed on a machine without a GPU, in Triton's interpreter.
 
-Slow, exact in the order of every sum, and free of layouts: what ``oracle.py`` says a kernel computes is
-compared with what its source says, bit for bit. Matrix products are numpy's here, so their bits are not ours.
+Slow, exact in the order of every sum, and free of layouts: what ``oracle.py`` says a kernel computes is compared with
+what its source says, bit for bit. A matrix product is a chain of single products here, where an MMA adds several.
 """
 
 from __future__ import annotations

@@ -9,12 +9,16 @@ import pytest
 import torch
 from fuzzing.campaign import Outcome, compare_generated, drawn, in_bundles
 from fuzzing.comparison import Case, compare
+from fuzzing.interpreted import compare_interpreted
 from fuzzing.program import BATCH, Program, Step, Value
 from fuzzing.records import Counts, summed
 from fuzzing.schedule import Draw, Schedule
 from fuzzing.shrinking import shrunk
 from fuzzing.strategies import programs
 from hypothesis import given, settings
+from torch._inductor.codegen.triton import TritonKernelOverrides
+
+from bi_inductor.codegen.triton_ops import TritonOps
 
 GRAPHS = {"cpu": 2, "cuda": 24}
 #: Graphs in one compile. What scatters is compiled again at each power of two, with all of its bundle; on a GPU, where
@@ -47,6 +51,27 @@ def test_generated_code_does_not_depend_on_the_batch(target):
         tallies.append(compare_generated(group, target, batches=(8, 1), backward=False))
     assert not [tally.violations for tally in tallies if tally.violations]
     assert len(tallies) > GENERATED / 20
+
+
+@pytest.mark.lengthy
+def test_kernels_in_the_interpreter_do_not_depend_on_the_batch():
+    tally = compare_interpreted(
+        Case(list(drawn(4, start=7000))), pieces=(3,), histories=("dynamic", "unfused")
+    )
+    assert tally.rows > 100 and not tally.violations, tally.violations
+
+
+def test_the_interpreter_finds_a_mask_that_was_lost(monkeypatch):
+    """Teeth; torch 2.14 loses none by itself."""
+    x, v = Value("x0", (BATCH, 8), torch.float32), Value("v0", (BATCH, 8), torch.float32)
+    steps = (
+        Step(v, "x0.cumsum(1)", ("x0",)),
+        Step(Value("v1", (BATCH,), torch.float32), "v0.var(1)", ("v0",)),
+    )
+    case = Case([Program((x,), (), steps, ("v1",))])
+    monkeypatch.setattr(TritonOps, "masked", staticmethod(TritonKernelOverrides.masked))
+    tally = compare_interpreted(case, pieces=(3,), histories=("dynamic", "unfused"))
+    assert bool(tally.violations) == (torch.__version__ < "2.14")
 
 
 @settings(max_examples=25)

@@ -10,6 +10,7 @@ tensors      of one element are integers where Python wants one; NumPy 2.4 refus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,12 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+
+def _one_by_one(function: Callable[[float], float]) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of Python's floats as one of arrays, rounded to their dtype."""
+    return lambda x: np.vectorize(function, otypes=[x.dtype])(x)
+
+
 #: The order of a sum does not depend on whose ``exp`` feeds it.
 _ELEMENTARY: dict[str, Callable[..., Any]] = {
     **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "tanh")},
@@ -25,6 +32,10 @@ _ELEMENTARY: dict[str, Callable[..., Any]] = {
     "fabs": np.abs,
     "pow": np.power,
     "rsqrt": lambda x: (1 / np.sqrt(x)).astype(x.dtype),
+    **{name: getattr(np, f"arc{name[1:]}") for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
+    **{name: getattr(np, name) for name in ("tan", "sinh", "cosh", "hypot", "copysign", "nextafter", "fmod")},
+    **{name: _one_by_one(getattr(math, name)) for name in ("erf", "erfc", "lgamma")},
+    "atan2": np.arctan2,
     "nearbyint": np.rint,
     "signbit": np.signbit,
 }

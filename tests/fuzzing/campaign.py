@@ -23,11 +23,15 @@ import bi_inductor
 from bi_inductor import BatchInvarianceError
 from bi_inductor.errors import NotCompiledError
 
+from . import interpreted
 from .comparison import HISTORIES, SIZES, WHOLE, Case, Tally, compare
 from .program import Program, bundled
 from .records import Counts
 from .shrinking import shrunk
 from .strategies import programs
+
+#: The target whose kernels, for sm_90, are run by Triton's interpreter.
+INTERPRETER = "interpreter"
 
 
 def drawn(number: int, start: int) -> Iterator[Program]:
@@ -95,6 +99,11 @@ class _Campaign:
     def runs(self) -> bool:
         return self.arguments.target in ("cpu", "cuda")
 
+    @property
+    def has_bits(self) -> bool:
+        """False if fingerprints are compared, one for all graphs of a bundle."""
+        return self.runs or self.arguments.target == INTERPRETER
+
     def bundle(self, group: Sequence[Program]) -> None:
         """Compare ``group``; one that is refused or fails is looked at graph by graph."""
         trial = self._trial(group)
@@ -103,9 +112,7 @@ class _Campaign:
         except Exception as error:
             self._without_the_culprit(error, group)
             return
-        if (
-            tally.violations and not self.runs and len(group) > 1
-        ):  # a fingerprint is one for all: whose is it?
+        if tally.violations and not self.has_bits and len(group) > 1:  # whose is it?
             for program in group:
                 self.bundle([program])
             return
@@ -118,6 +125,9 @@ class _Campaign:
     def _trial(self, group: Sequence[Program]) -> _Trial:
         """Sizes and histories for ``group``: few for scatters, where almost every size is a compile."""
         pieces = min(self.arguments.pieces, 2) if group[0].scatters else self.arguments.pieces
+        if self.arguments.target == INTERPRETER:
+            size, name = self.random.choice(interpreted.SIZES), self.random.choice([*interpreted.HISTORIES])
+            return _Trial((size,), (name,))
         return _Trial(
             tuple(self.random.sample(SIZES, pieces)),
             tuple(self.random.sample(sorted(HISTORIES), self.arguments.histories)),
@@ -140,6 +150,8 @@ class _Campaign:
         if self.runs:
             case = Case(group, device=self.arguments.target)
             return compare(case, backend, trial.histories, self.arguments.contents, trial.pieces)
+        if self.arguments.target == INTERPRETER:
+            return interpreted.compare_interpreted(Case(group), trial.pieces, trial.histories)
         return compare_generated(group, self.arguments.target, (WHOLE, 1, max(trial.pieces)))
 
     def _count(self, tally: Tally, group: Sequence[Program], prefix: str) -> None:
@@ -169,7 +181,7 @@ class _Campaign:
             print(
                 f"VIOLATION {found[:4]}\n{group[graph].source()}", *map(str, group[graph].arguments), sep="\n"
             )
-            if self.arguments.shrink > self.outcome.shrunk and self.runs:
+            if self.arguments.shrink > self.outcome.shrunk and self.has_bits:
                 self.outcome.shrunk += 1
                 smallest = shrunk(group[graph], lambda p: self._still_violates(p, trial))
                 print(f"SHRUNK\n{smallest.snippet(WHOLE, 0, found[0].comparison)}", flush=True)

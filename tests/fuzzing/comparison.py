@@ -27,7 +27,7 @@ PIECES = (1, 2, 3, 7, 8, 31, 64)
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 130)
 #: Contents of the neighbours, which no row may feel.
 HOSTILE = (float("nan"), float("inf"), -6e4, 0.0)
-_UNFUSED = {
+UNFUSED = {
     "max_fusion_size": 1,
     "epilogue_fusion": False,
     "realize_reads_threshold": 0,
@@ -58,7 +58,7 @@ HISTORIES = {
     "inference": History({}, marked=True, gradients=False),
     "static inference": History({"dynamic": False}, gradients=False),
     "checkpointed": History({}, marked=True, checkpointed=True),
-    "unfused": History({"options": _UNFUSED}, marked=True),
+    "unfused": History({"options": UNFUSED}, marked=True),
 }
 
 

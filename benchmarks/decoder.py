@@ -2,6 +2,7 @@
 
     python benchmarks/decoder.py --out benchmarks/results/decoder.csv
     python benchmarks/decoder.py --cached 8192 --batches 1 16
+    python benchmarks/decoder.py --batches 128 --kernels 14    # where the time goes
 
 Prefill: one sequence of ``--prefill`` tokens, causal. Decode: one token of each of B sequences after ``--cached``
 others; keys and values are in a cache of that length and one more, where the new ones are written. RMSNorm, qkv, rotary
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16, 128], help="batches of a decode")
     parser.add_argument("--cached", type=int, default=4096, help="tokens before the one that is decoded")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--kernels", type=int, default=0, help="print this many of the longest kernels")
     options = parser.parse_args()
     torch.manual_seed(0)
     layer = Layer().cuda().bfloat16()
@@ -107,6 +109,7 @@ def main() -> None:
     with torch.no_grad():
         for kind, batch, length, cached in cases:
             calls = compiled(getattr(layer, kind), *inputs(batch, length, cached))
+            timing.print_longest_kernels(calls, options.kernels)
             times = timing.interleaved_medians(calls, options.rounds)
             record: dict[str, object] = {"work": kind, "batch": batch, "tokens": length, "cached": cached}
             record |= {f"{name}_us": round(microseconds, 1) for name, microseconds in times.items()}

@@ -81,6 +81,14 @@ class DryRun:
                 result = compiled(*call.args, **call.kwargs)
             return sources, pytree.tree_map(lambda x: call.originals.get(id(x), x), result)
 
+    def compiled(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """``gm``, a graph on the CPU, by code for ``target``: for a backend of Dynamo. Needs ``backward``, which says
+        that graphs are traced on the CPU, and a runner."""
+        with virtual_gpu(self.target), self._configured(), self._recording({}):
+            from bi_inductor.backend import batchinv
+
+            return batchinv(gm, inputs, options=self.options)
+
     @contextlib.contextmanager
     def _configured(self) -> Iterator[None]:
         """No caches; shapes as asked for, whatever was compiled before; backwards lowered at once."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bi_inductor.capture import captured
 from bi_inductor.dry_run import DryRun
 from bi_inductor.virtual import require_triton
 
@@ -39,7 +40,7 @@ class _Worker:
         )
         atexit.register(self._process.kill)
 
-    def run(self, source: str, inputs: list[Any], config_number: int) -> list[Any]:
+    def run(self, source: str, inputs: list[Any], config_number: int | None) -> list[Any]:
         """Send one request and wait for its reply."""
         buffer = io.BytesIO()
         torch.save((source, inputs, config_number), buffer)
@@ -62,11 +63,12 @@ def _worker() -> _Worker:
     return _Worker()
 
 
-def run_module(source: str, inputs: list[Any], *, config_number: int = 0) -> list[Any]:
+def run_module(source: str, inputs: list[Any], *, config_number: int | None = 0) -> list[Any]:
     """Execute a generated module (wrapper and Triton kernels) on CPU tensors and return its graph outputs.
 
     ``inputs`` are the graph's inputs in its order; tensors are not changed, what the module mutates is lost.
-    ``config_number`` chooses among the configurations of each kernel's heuristic (modulo their number).
+    ``config_number`` chooses among the configurations of each kernel's heuristic (modulo their number). None takes the
+    first, with blocks as wide as the tensors, which is the fastest here.
     Raises MissingDependencyError without triton, RuntimeError with the worker's traceback.
     """
     require_triton()
@@ -88,3 +90,18 @@ def run_in_interpreter(
     runner = functools.partial(run_module, config_number=config_number)
     _, result = DryRun(target, runner=runner, options=options, dynamic=dynamic)(fn, args, {})
     return result
+
+
+def interpreting(target: str = "sm_90", *, config_number: int | None = None) -> Callable[..., Any]:
+    """A backend for ``torch.compile`` on CPU tensors: the kernels emitted for ``target``, in the interpreter.
+
+    Gradients, dynamic sizes and recompiles work as with the backend itself. ``options``: as there.
+    """
+    runner = functools.partial(run_module, config_number=config_number)
+
+    @captured
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+        run = DryRun(target, backward=True, runner=runner, options=options.get("options"))
+        return run.compiled(gm, inputs)
+
+    return backend

@@ -8,8 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 from fuzzing.campaign import Outcome, compare_generated, drawn, in_bundles
-from fuzzing.comparison import Case, compare
-from fuzzing.interpreted import compare_interpreted
+from fuzzing.comparison import FEW, Case, compare
 from fuzzing.program import BATCH, Program, Step, Value
 from fuzzing.records import Counts, summed
 from fuzzing.schedule import Draw, Schedule
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from torch._inductor.codegen.triton import TritonKernelOverrides
 
 from bi_inductor.codegen.triton_ops import TritonOps
+from bi_inductor.interpreter import interpreting
 
 GRAPHS = {"cpu": 2, "cuda": 24}
 #: Graphs in one compile. What scatters is compiled again at each power of two, with all of its bundle; on a GPU, where
@@ -55,9 +55,8 @@ def test_generated_code_does_not_depend_on_the_batch(target):
 
 @pytest.mark.lengthy
 def test_kernels_in_the_interpreter_do_not_depend_on_the_batch():
-    tally = compare_interpreted(
-        Case(list(drawn(4, start=7000))), pieces=(3,), histories=("dynamic", "unfused")
-    )
+    """What a GPU would run, gradients too."""
+    tally = compare(Case(list(drawn(3, start=7000))), interpreting(), ["dynamic"], pieces=(3,), whole=FEW)
     assert tally.rows > 100 and not tally.violations, tally.violations
 
 
@@ -70,7 +69,7 @@ def test_the_interpreter_finds_a_mask_that_was_lost(monkeypatch):
     )
     case = Case([Program((x,), (), steps, ("v1",))])
     monkeypatch.setattr(TritonOps, "masked", staticmethod(TritonKernelOverrides.masked))
-    tally = compare_interpreted(case, pieces=(3,), histories=("dynamic", "unfused"))
+    tally = compare(case, interpreting(), ["unfused"], pieces=(3,), whole=FEW)
     assert bool(tally.violations) == (torch.__version__ < "2.14")
 
 

@@ -5,12 +5,15 @@ bf16, fp8    fp32 to bf16 and fp8 rounds to nearest even, as on a GPU; the inter
 tl.reduce    by halving whole arrays instead of element by element, adjacent pairs first
 tl.dot       one rounded multiply-add after another in ascending k; the interpreter calls a library, in its
              own order, and takes bf16 for integers
+patches      of Triton's language stay: they are made anew for each call of each function
 tensors      of one element are integers where Python wants one; NumPy 2.4 refuses what Triton 3.6 does there
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +28,24 @@ def _one_by_one(function: Callable[[float], float]) -> Callable[[np.ndarray], np
     return lambda x: np.vectorize(function, otypes=[x.dtype])(x)
 
 
+def _lgamma(x: float) -> float:
+    is_pole = x <= 0 and math.isfinite(x) and x == math.floor(x)
+    return math.inf if is_pole else math.lgamma(x)
+
+
 #: The order of a sum does not depend on whose ``exp`` feeds it.
 _ELEMENTARY: dict[str, Callable[..., Any]] = {
-    **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "tanh")},
-    **{name: getattr(np, name) for name in ("sin", "cos", "floor", "ceil", "trunc", "isnan", "isinf", "abs")},
+    **{name: getattr(np, name) for name in ("exp", "exp2", "expm1", "log", "log1p", "log2", "log10")},
+    **{name: getattr(np, name) for name in ("sqrt", "tanh", "sin", "cos", "floor", "ceil", "trunc")},
+    **{name: getattr(np, name) for name in ("isnan", "isinf", "abs")},
     "fabs": np.abs,
+    "mul_rn": np.multiply,
     "pow": np.power,
     "rsqrt": lambda x: (1 / np.sqrt(x)).astype(x.dtype),
     **{name: getattr(np, f"arc{name[1:]}") for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh")},
     **{name: getattr(np, name) for name in ("tan", "sinh", "cosh", "hypot", "copysign", "nextafter", "fmod")},
-    **{name: _one_by_one(getattr(math, name)) for name in ("erf", "erfc", "lgamma")},
+    **{name: _one_by_one(getattr(math, name)) for name in ("erf", "erfc")},
+    "lgamma": _one_by_one(_lgamma),
     "atan2": np.arctan2,
     "nearbyint": np.rint,
     "signbit": np.signbit,
@@ -52,6 +63,8 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (interpreter.ReduceOps, "generic_reduce", _reduce),
         (interpreter.InterpreterBuilder, "create_dot", _chain_dot),
         (interpreter, "_patch_lang_tensor", _patch_lang_tensor),
+        (interpreter, "_patch_lang", _patch_lang),
+        (interpreter.interpreter_builder, "options", _OPTIONS),
     ]
 
 
@@ -133,9 +146,26 @@ def _chain_dot(self: Any, a: Any, b: Any, acc: Any, input_precision: Any, imprec
     return interpreter.TensorHandle(total, acc.dtype.scalar)
 
 
+#: A sum of integers would be computed in int64 too, and its bounds asserted.
+_OPTIONS = dataclasses.replace(interpreter.InterpreterOptions(), sanitize_overflow=False)
+
 _stock_patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def _patch_lang_tensor(tensor: Any, *scope: Any) -> None:
     _stock_patch_lang_tensor(tensor, *scope)
     tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
+_stock_patch_lang = interpreter._patch_lang
+_patched: set[frozenset[str]] = set()
+
+
+def _patch_lang(function: Any) -> Any:
+    """Triton's language for what ``function`` sees of it, once and for good: nothing is compiled in this process."""
+    seen = [value for value in function.__globals__.values() if isinstance(value, types.ModuleType)]
+    names = frozenset(module.__name__ for module in seen if module in (tl, tl.core))
+    if names not in _patched:
+        _stock_patch_lang(function)
+        _patched.add(names)
+    return interpreter._LangPatchScope()

@@ -2,14 +2,16 @@
 
     TRITON_INTERPRET=1 python -m bi_inductor.runtime.interpreter_worker < requests > replies
 
-A request is a pickled (source, inputs, config number); a reply is (outputs, None) or (None, traceback).
+A request is a pickled (source, inputs, config number or None); a reply is (outputs, None) or (None, traceback).
 Triton decides at import whether its functions are compiled or interpreted, hence the process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import math
 import os
 import pickle
 import struct
@@ -22,15 +24,24 @@ from unittest import mock
 
 import torch
 
+#: Elements of a block of a kernel whose blocks may be widened.
+_WIDEST = 2**17
+
 
 class InterpretedKernel:
     """What ``cached_autotune`` makes of an emitted kernel: ``run`` executes one of its configurations."""
 
     def __init__(
-        self, function: Any, configs: list[Any], inductor_meta: dict[str, Any], number: int, choice: Any
+        self,
+        function: Any,
+        configs: list[Any],
+        inductor_meta: dict[str, Any],
+        number: int | None,
+        choice: Any,
     ) -> None:
         self._function, self._inductor_meta = function, inductor_meta
-        self._config, self._choice = configs[number % len(configs)], choice
+        self._config, self._choice = configs[(number or 0) % len(configs)], choice
+        self._is_widened = number is None
 
     def run(self, *args: Any, stream: Any = None, **kwargs: Any) -> None:
         from torch._inductor.runtime.triton_heuristics import GridExpr
@@ -41,14 +52,26 @@ class InterpretedKernel:
         names = [name for name in self._function.arg_names if name not in blocks]
         launch_only = self._inductor_meta.get("extra_launcher_args", [])  # a template's grid
         given = {**dict(zip([*names, *launch_only], args, strict=False)), **kwargs}
-        grid = GridExpr.from_meta(self._inductor_meta, self._config).eval_slow(
-            {**self._config.kwargs, **given}
-        )
+        config = copy.copy(self._config)
+        if self._is_widened:
+            blocks = _widened(blocks, given)
+            config.kwargs = {**config.kwargs, **blocks}
+        grid = GridExpr.from_meta(self._inductor_meta, config).eval_slow({**config.kwargs, **given})
         own = {name: value for name, value in given.items() if name not in launch_only}
         self._function[grid](**own, **blocks)
 
 
-def _interpreting_autotune(number: int) -> Callable[..., Any]:
+def _widened(blocks: dict[str, int], given: dict[str, Any]) -> dict[str, int]:
+    """XBLOCK as wide as what there is, within reason: an operation on a block costs as much as one on an element."""
+    if not {"XBLOCK", "xnumel"} <= {*blocks, *given}:
+        return blocks
+    width, others = blocks["XBLOCK"], 2 * math.prod(blocks.values()) // blocks["XBLOCK"]
+    while width < given["xnumel"] and width * others <= _WIDEST:
+        width *= 2
+    return {**blocks, "XBLOCK": width}
+
+
+def _interpreting_autotune(number: int | None) -> Callable[..., Any]:
     """Stands in for ``triton_heuristics.cached_autotune``."""
 
     def cached_autotune(size_hints: Any, configs: Any, triton_meta: Any, *_: Any, **options: Any) -> Any:
@@ -73,7 +96,7 @@ class _AsyncCompile:
 
 
 @contextlib.contextmanager
-def _cuda_is_the_cpu(number: int) -> Any:
+def _cuda_is_the_cpu(number: int | None) -> Any:
     """What a generated module asks of CUDA, answered by the CPU."""
     import torch._inductor.async_compile as async_compile
     from torch._inductor.runtime import triton_helpers, triton_heuristics
@@ -102,8 +125,9 @@ def _empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((length,), poison, dtype=dtype).as_strided(size, stride)
 
 
-def run_module(source: str, inputs: list[Any], number: int) -> list[Any]:
-    """Outputs of a generated module for its graph inputs, with configuration ``number`` of each kernel."""
+def run_module(source: str, inputs: list[Any], number: int | None) -> list[Any]:
+    """Outputs of a generated module for its graph inputs, with configuration ``number`` of each kernel, or with the
+    first one and blocks as wide as may be."""
     with _cuda_is_the_cpu(number):
         module = types.ModuleType("generated")
         module.__dict__["__file__"] = "<generated>"

@@ -6,7 +6,6 @@
 ``operations``  the lines a graph can have, none of which lets one row see another
 ``strategies``  how they are drawn
 ``comparison``  what is run and compared, and counted
-``interpreted`` the same for Triton kernels where there is no GPU
 ``shrinking``   a violation cut down to a runnable snippet
 ``campaign``    bundles of graphs compared and counted
 ``schedule``    which bundle is next, and the line of the CSV for one that is finished

@@ -5,7 +5,7 @@
 
 Targets: ``cpu`` and ``cuda`` run what they compile and compare bits; ``sm_80``, ``sm_90`` ... generate code for a GPU
 that need not be there, through the verifier, and compare fingerprints over batch sizes. ``interpreter`` runs such
-kernels in Triton's interpreter, for a few rows and without gradients, and compares bits.
+kernels in Triton's interpreter, for a few rows, and compares bits.
 
 Each seed gives 48 graphs, and each bundle of them a line of the CSV, written when it is finished. The same command
 again goes on with the first bundle that is not in it, and leaves out graphs that were drawn before.

@@ -22,15 +22,15 @@ from hypothesis.errors import NonInteractiveExampleWarning
 import bi_inductor
 from bi_inductor import BatchInvarianceError
 from bi_inductor.errors import NotCompiledError
+from bi_inductor.interpreter import interpreting
 
-from . import interpreted
-from .comparison import HISTORIES, SIZES, WHOLE, Case, Tally, compare
+from .comparison import FEW, HISTORIES, SIZES, WHOLE, Case, Tally, compare
 from .program import Program, bundled
 from .records import Counts
 from .shrinking import shrunk
 from .strategies import programs
 
-#: The target whose kernels, for sm_90, are run by Triton's interpreter.
+#: The target whose kernels, for sm_90, are run by Triton's interpreter, for FEW rows.
 INTERPRETER = "interpreter"
 
 
@@ -97,12 +97,8 @@ class _Campaign:
 
     @property
     def runs(self) -> bool:
-        return self.arguments.target in ("cpu", "cuda")
-
-    @property
-    def has_bits(self) -> bool:
         """False if fingerprints are compared, one for all graphs of a bundle."""
-        return self.runs or self.arguments.target == INTERPRETER
+        return self.arguments.target in ("cpu", "cuda", INTERPRETER)
 
     def bundle(self, group: Sequence[Program]) -> None:
         """Compare ``group``; one that is refused or fails is looked at graph by graph."""
@@ -112,7 +108,7 @@ class _Campaign:
         except Exception as error:
             self._without_the_culprit(error, group)
             return
-        if tally.violations and not self.has_bits and len(group) > 1:  # whose is it?
+        if tally.violations and not self.runs and len(group) > 1:  # whose is it?
             for program in group:
                 self.bundle([program])
             return
@@ -125,11 +121,11 @@ class _Campaign:
     def _trial(self, group: Sequence[Program]) -> _Trial:
         """Sizes and histories for ``group``: few for scatters, where almost every size is a compile."""
         pieces = min(self.arguments.pieces, 2) if group[0].scatters else self.arguments.pieces
+        sizes = SIZES
         if self.arguments.target == INTERPRETER:
-            size, name = self.random.choice(interpreted.SIZES), self.random.choice([*interpreted.HISTORIES])
-            return _Trial((size,), (name,))
+            pieces, sizes = 1, tuple(size for size in SIZES if size < FEW)
         return _Trial(
-            tuple(self.random.sample(SIZES, pieces)),
+            tuple(self.random.sample(sizes, pieces)),
             tuple(self.random.sample(sorted(HISTORIES), self.arguments.histories)),
         )
 
@@ -147,11 +143,11 @@ class _Campaign:
             self.bundle(group[len(group) // 2 :])
 
     def _tally(self, group: Sequence[Program], trial: _Trial, backend: str = "batchinv") -> Tally:
-        if self.runs:
-            case = Case(group, device=self.arguments.target)
-            return compare(case, backend, trial.histories, self.arguments.contents, trial.pieces)
+        rest = trial.histories, self.arguments.contents, trial.pieces
         if self.arguments.target == INTERPRETER:
-            return interpreted.compare_interpreted(Case(group), trial.pieces, trial.histories)
+            return compare(Case(group), interpreting() if backend == "batchinv" else backend, *rest, FEW)
+        if self.runs:
+            return compare(Case(group, device=self.arguments.target), backend, *rest)
         return compare_generated(group, self.arguments.target, (WHOLE, 1, max(trial.pieces)))
 
     def _count(self, tally: Tally, group: Sequence[Program], prefix: str) -> None:
@@ -181,7 +177,7 @@ class _Campaign:
             print(
                 f"VIOLATION {found[:4]}\n{group[graph].source()}", *map(str, group[graph].arguments), sep="\n"
             )
-            if self.arguments.shrink > self.outcome.shrunk and self.has_bits:
+            if self.arguments.shrink > self.outcome.shrunk and self.runs:
                 self.outcome.shrunk += 1
                 smallest = shrunk(group[graph], lambda p: self._still_violates(p, trial))
                 print(f"SHRUNK\n{smallest.snippet(WHOLE, 0, found[0].comparison)}", flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from .program import Program, bundled
 
 #: Batch of the reference: no other dim of a graph has it, so no guard ties the batch to another size.
 WHOLE = 131
+#: The same where running is slow.
+FEW = 11
 PIECES = (1, 2, 3, 7, 8, 31, 64)
 #: What a campaign draws from: the regime edges of loops, vectors and powers of two.
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 130)
 #: Contents of the neighbours, which no row may feel.
 HOSTILE = (float("nan"), float("inf"), -6e4, 0.0)
-UNFUSED = {
+_UNFUSED = {
     "max_fusion_size": 1,
     "epilogue_fusion": False,
     "realize_reads_threshold": 0,
@@ -58,7 +61,7 @@ HISTORIES = {
     "inference": History({}, marked=True, gradients=False),
     "static inference": History({"dynamic": False}, gradients=False),
     "checkpointed": History({}, marked=True, checkpointed=True),
-    "unfused": History({"options": UNFUSED}, marked=True),
+    "unfused": History({"options": _UNFUSED}, marked=True),
 }
 
 
@@ -203,38 +206,43 @@ class Case:
 
 def compare(
     case: Case,
-    backend: str = "batchinv",
+    backend: str | Callable[..., Any] = "batchinv",
     histories: Sequence[str] = (),
     contents: int = 1,
     pieces: Sequence[int] = PIECES,
+    whole: int = WHOLE,
 ) -> Tally:
     """Everything that must be equal, compared. Compiles for any batch and for one row, and for each of ``histories``.
 
     ``contents``: how often the tensors are drawn for the same compiled code, which costs little. ``pieces``: sizes
-    that the batch is cut into. Gradients that scatter are compiled again where a size crosses a power of two, with
-    all that is in the bundle.
+    that the batch of ``whole`` rows is cut into. Gradients that scatter are compiled again where a size crosses a power
+    of two, with all that is in the bundle.
     """
     tally = Tally()
     torch._dynamo.reset()
     run = torch.compile(case.function, backend=backend, **REFERENCE.options)
-    expected = _compare_batches(case, run, tally, pieces)
+    everything = torch.arange(whole, device=case.device)
+    expected = _compare_batches(case, run, everything, tally, pieces)
     for number in range(1, contents):
-        _compare_batches(case.redrawn(1000 * number), run, tally, pieces)
+        _compare_batches(case.redrawn(1000 * number), run, everything, tally, pieces)
     for name in histories:
-        _compare_history(case, backend, name, expected, tally)
+        _compare_history(case, backend, name, everything, expected, tally)
     return tally
 
 
 def _compare_batches(
-    case: Case, run: Callable[..., Sequence[Tensor]], tally: Tally, pieces: Sequence[int]
+    case: Case,
+    run: Callable[..., Sequence[Tensor]],
+    everything: Tensor,
+    tally: Tally,
+    pieces: Sequence[int],
 ) -> Results:
-    everything = torch.arange(WHOLE, device=case.device)
     expected = case.run(run, everything)
     tally.add("again", expected, case.run(run, everything))
     for size in pieces:
         for index in _cut(everything, size):
             tally.add(f"batch {size}", expected.at(index), _without_totals(case.run(run, index)))
-    order = torch.randperm(WHOLE, generator=torch.Generator().manual_seed(0)).to(case.device)
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0)).to(case.device)
     tally.add("permuted", expected.at(order), _without_totals(case.run(run, order)))
     for contents in HOSTILE:
         rows = case.replaced(contents).run(run, everything).at(everything[::2])
@@ -252,7 +260,14 @@ def _without_totals(results: Results) -> Results:
     return Results(results.rows, {})
 
 
-def _compare_history(case: Case, backend: str, name: str, expected: Results, tally: Tally) -> None:
+def _compare_history(
+    case: Case,
+    backend: str | Callable[..., Any],
+    name: str,
+    everything: Tensor,
+    expected: Results,
+    tally: Tally,
+) -> None:
     history, function = HISTORIES[name], case.function
     options = dict(history.options)
     if backend == "inductor" and "options" in options:
@@ -264,8 +279,7 @@ def _compare_history(case: Case, backend: str, name: str, expected: Results, tal
 
     torch._dynamo.reset()
     run = torch.compile(function, backend=backend, **options)
-    everything = torch.arange(WHOLE, device=case.device)
-    if history.first != WHOLE:
+    if history.first < len(everything):
         first = everything[: history.first]
         tally.add(f"{name}, first", expected.at(first), _without_totals(case.run(run, first, history)))
     tally.add(name, expected, case.run(run, everything, history))

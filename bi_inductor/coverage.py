@@ -26,6 +26,7 @@ from bi_inductor.certificate import Certificate, certificates
 from bi_inductor.coverage_cases import BATCHES, ROWS, Case, close, tensors_in
 from bi_inductor.coverage_stock import fallbacks
 from bi_inductor.errors import BatchInvarianceError, NotCompiledError
+from bi_inductor.interpreter import interpreting
 from bi_inductor.testing import count_changed_rows
 
 #: From the best to the worst; an op has the worst of its cases.
@@ -36,8 +37,9 @@ VERDICTS = ("invariant", "canonical", "uncaptured", "refused", "ERROR", "VIOLATI
 class Settings:
     """What is compiled, and for what.
 
-    ``target``: "cpu" or "cuda" compile, run and compare; "sm_90" and its like generate code for a GPU that need
-    not be there, and so does "cpu" with ``lower_only``. ``samples``: per op. ``backward``: gradients of the inputs
+    ``target``: "cpu" or "cuda" compile, run and compare, and so does "interpreter" with the kernels for an H100, in
+    Triton's interpreter; "sm_90" and its like generate code for a GPU that need not be there, and so does "cpu" with
+    ``lower_only``. ``samples``: per op. ``backward``: gradients of the inputs
     too. ``backend``: "inductor" shows what the same cases find in stock. ``dynamic``: all sizes are symbols where
     many rows are compiled, not the batch alone.
     """
@@ -52,7 +54,16 @@ class Settings:
     @property
     def runs(self) -> bool:
         """Whether bits are compared."""
-        return self.target in ("cpu", "cuda") and not self.lower_only
+        return self.target in ("cpu", "cuda", "interpreter") and not self.lower_only
+
+    @property
+    def device(self) -> str:
+        """Where the inputs are."""
+        return "cuda" if self.target == "cuda" and self.runs else "cpu"
+
+    def compiler(self) -> str | Callable[..., Any]:
+        """What ``torch.compile`` takes as a backend."""
+        return interpreting() if self.target == "interpreter" else self.backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +133,7 @@ def judge_op(name: str, settings: Settings) -> OpResult:
     started = time.monotonic()
     try:
         op = coverage_cases.entries()[name]
-        device = settings.target if settings.runs else "cpu"
-        cases = list(coverage_cases.cases_of(op, settings.samples, device=device))
+        cases = list(coverage_cases.cases_of(op, settings.samples, device=settings.device))
         results = _judge_together(cases, settings)
     except Exception as error:  # the samples themselves
         results = [CaseResult(0, "none", "ERROR", _described(error))]
@@ -238,9 +248,9 @@ def _compared(case: Case, settings: Settings) -> dict[str, Any]:
     first_certificate = len(certificates())
     backward = settings.backward and _is_differentiable(case)
     rows, batches = (ROWS, BATCHES) if case.mapped else (1, (1,))
-    run = _compiled(case, settings.backend, "static")
+    run = _compiled(case, settings.compiler(), "static")
     alone = [_outputs(run, case, row, row + 1, backward) for row in range(rows)]
-    run = _compiled(case, settings.backend, _many(settings))
+    run = _compiled(case, settings.compiler(), _many(settings))
     together = {n: _outputs(run, case, 0, n, backward) for n in batches}
     made = certificates()[first_certificate:]
     drawn = any(entry.form.startswith("Drawn") for one in made for entry in one.entries)
@@ -262,7 +272,7 @@ def _many(settings: Settings) -> str:
     return "dynamic" if settings.dynamic else "batch"
 
 
-def _compiled(case: Case, backend: str, history: str) -> Callable[..., Any]:
+def _compiled(case: Case, backend: str | Callable[..., Any], history: str) -> Callable[..., Any]:
     """``history``: "static"; "dynamic", all sizes as symbols; "batch", that size alone, if the case has one."""
     torch._dynamo.reset()
     if history != "batch" or not case.mapped:

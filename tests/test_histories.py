@@ -65,6 +65,54 @@ def test_gradients_of_what_is_returned_reshaped_are_added_first(monkeypatch):
     assert not any(map(same_bits, alone(), whole))
 
 
+def repeated(x, y):
+    """Views whose gradients are sums: of inputs, and of a result that is returned too."""
+    exponential = y.exp()
+    grids = torch.broadcast_tensors(x[:, None], y[:, :, None])
+    lifted = torch.vmap(lambda row: row.expand(7, 40))(x)
+    return (
+        x[:, None].expand(-1, 40, -1),
+        y.unfold(1, 3, 1),
+        *grids,
+        lifted,
+        exponential,
+        exponential[:, None].expand(-1, 9, -1),
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_what_is_returned_repeated_do_not_depend_on_the_batch(device, monkeypatch):
+    x, y = (random_rows(33, 40, device=device, seed=seed) for seed in range(2))
+    weights = [random_rows(*result.shape, device=device, seed=9) for result in repeated(x, y)]
+
+    def gradients(run, rows):
+        leaves = [x[rows].clone().requires_grad_(), y[rows].clone().requires_grad_()]
+        torch.autograd.backward(run(*leaves), [weight[rows] for weight in weights])
+        return [leaf.grad for leaf in leaves]
+
+    def summed(x, y):
+        return [
+            (result * weight[: len(x)]).sum() for result, weight in zip(repeated(x, y), weights, strict=True)
+        ]
+
+    def inside(run):
+        leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+        torch.autograd.backward(run(*leaves))
+        return [leaf.grad for leaf in leaves]
+
+    whole = gradients(compiled(repeated), slice(None))
+    torch._dynamo.reset()
+    run = compiled(repeated)
+    parts = [gradients(run, slice(row, row + 3)) for row in range(0, 33, 3)]
+    assert all(
+        same_bits(torch.cat(part), rows) for part, rows in zip(zip(*parts, strict=True), whole, strict=True)
+    )
+    assert all(map(same_bits, inside(compiled(summed)), whole))
+    monkeypatch.setattr(canonicalize, "REWRITES", canonicalize.REWRITES[: -len(COPIES)])
+    torch._dynamo.reset()
+    assert not all(map(same_bits, gradients(compiled(repeated), slice(None)), whole))
+
+
 def block(device, dtype):
     torch.manual_seed(0)
     return Block().to(device, dtype)

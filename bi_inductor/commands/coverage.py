@@ -22,6 +22,7 @@ SUMMARY = (
 EXAMPLE = """examples:
   python -m bi_inductor coverage --ops sum,nn.functional.conv2d
   python -m bi_inductor coverage --target sm_90 --markdown coverage.md
+  python -m bi_inductor coverage --target interpreter --samples 1 --backward
   python -m bi_inductor coverage --resume coverage.jsonl --shard 1/4
 
 Each sample of an op is compiled as it is, where its rows do not see each other, and for one sample lifted over a batch
@@ -35,7 +36,12 @@ _FIELDS = ("op", "target", "verdict", "cases", "refused", "rows", "changed", "se
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("--ops", help="names, comma-separated (default: all with float32 support)")
-    parser.add_argument("--target", default="cpu", help="cpu or cuda: compare bits; sm_90 ...: generate code")
+    parser.add_argument(
+        "--target",
+        default="cpu",
+        help="cpu or cuda: compare bits; interpreter: the same for a GPU's kernels, in Triton's interpreter; "
+        "sm_90 ...: generate code (default: %(default)s)",
+    )
     parser.add_argument("--lower-only", action="store_true", help="generate code for the CPU, run nothing")
     parser.add_argument("--backward", action="store_true", help="gradients of the inputs too")
     parser.add_argument("--dynamic", action="store_true", help="all sizes as symbols, not the batch alone")
@@ -79,14 +85,17 @@ def _check(options: argparse.Namespace, settings: Settings) -> None:
     import torch
 
     from bi_inductor.targets import find_target
+    from bi_inductor.virtual import require_triton
 
     if options.backend not in ("batchinv", "inductor"):
         raise CommandError(f"--backend takes batchinv or inductor, not {options.backend!r}")
     if options.target == "cuda" and not torch.cuda.is_available():
         raise CommandError("--target cuda needs a CUDA device; --target sm_90 generates code without one")
-    if options.target not in ("cpu", "cuda"):
+    if options.target == "interpreter":
+        require_triton()
+    elif options.target not in ("cpu", "cuda"):
         find_target(options.target)
-    if options.backend == "inductor" and not settings.runs:
+    if options.backend == "inductor" and not (settings.runs and options.target in ("cpu", "cuda")):
         raise CommandError("--backend inductor compares bits: it takes --target cpu or cuda")
 
 

@@ -7,7 +7,8 @@ one, the result is a view of the operand where ATen returns it: its gradients ar
 
 ``reshape`` and its relatives return views where they can. Inside a graph their gradients are added first either way.
 What is returned as a view of an input, or of what else is returned, is made outside of the graph, and its gradient is
-added last; so it is a copy where a gradient may be asked for.
+added last; so it is a copy where a gradient may be asked for. So is what is returned of ``expand`` and other views that
+show an element more than once: their gradients are sums, which autograd would leave to a kernel of ATen, in its order.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from bi_inductor.passes.retarget import Retarget
 
 _TARGETS = frozenset({"contiguous", torch.Tensor.contiguous, torch.ops.aten.contiguous.default})
 _RESHAPES = ("reshape", "reshape_as", "flatten", "ravel")
+#: Views of several places that are one element, as methods and as functions.
+_REPEATS = ("expand", "expand_as", "broadcast_to", "unfold", "as_strided", "broadcast_tensors", "meshgrid")
 _IN_PLACE = "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem"
 _WRITES = frozenset(getattr(operator, name) for name in _IN_PLACE.split())
 
@@ -39,14 +42,15 @@ def _set_apart(self: Tensor, memory_format: torch.memory_format = torch.contiguo
     return result.view_as(result) if self.is_contiguous(memory_format=memory_format) else result
 
 
-def _copying(reshape: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``reshape``, or a copy of its result where that may have a gradient."""
+def _copying(view: Callable[..., Any]) -> Callable[..., Any]:
+    """``view``, or a copy of its results where they may have a gradient."""
 
-    def reshaped(operand: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = reshape(operand, *args, **kwargs)
-        return result.clone() if result.requires_grad else result
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map(
+            lambda x: x.clone() if _unwrapped(x).requires_grad else x, view(*args, **kwargs)
+        )
 
-    return reshaped
+    return copied
 
 
 def _writes(graph: Graph) -> bool:
@@ -78,11 +82,18 @@ def _is_returned(node: Node) -> bool:
 
 def _memory(node: Node) -> set[int]:
     """The storages of the tensors that ``node`` returns, as far as they have one."""
-    values = pytree.tree_leaves(node.meta.get("example_value", node.meta.get("val")))
+    values = map(_unwrapped, pytree.tree_leaves(node.meta.get("example_value", node.meta.get("val"))))
     plain = (
         value for value in values if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
     )
     return {value.untyped_storage()._cdata for value in plain if torch._C._has_storage(value)}
+
+
+def _unwrapped(value: Any) -> Any:
+    """The tensor inside those of ``torch.func.vmap`` and its like, which have no storage."""
+    while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
 
 
 def _operand_first(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -92,16 +103,18 @@ def _operand_first(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (*named.values(), *node.args), others
 
 
-def _reshape(name: str) -> Retarget:
-    method = getattr(Tensor, name)
-    packet = getattr(torch.ops.aten, name)
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    targets = frozenset({name, method, getattr(torch, name, method), *overloads})
-    return Retarget(f"{name}, returned", targets, _copying(method), _is_kept, arguments=_operand_first)
+def _returned(name: str, **how: Any) -> Retarget:
+    """A copy of what ``name``, a view, returns, where that leaves the graph."""
+    function = getattr(Tensor, name, None) or getattr(torch, name)
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet else []
+    targets = frozenset({name, function, getattr(torch, name, function), *overloads})
+    return Retarget(f"{name}, returned", targets, _copying(function), _is_kept, **how)
 
 
 COPIES = (
     Retarget("contiguous", _TARGETS, _copied, leave=lambda node: _writes(node.graph)),
     Retarget("contiguous, in place", _TARGETS, _set_apart),
-    *map(_reshape, _RESHAPES),
+    *(_returned(name, arguments=_operand_first) for name in _RESHAPES),
+    *map(_returned, _REPEATS),
 )

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch.utils import _pytree as pytree
 
-from bi_inductor import traced
+from bi_inductor import certificate, traced
 from bi_inductor.capture import captured
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.fakes import FakeCall, fake_call
@@ -84,10 +84,13 @@ class DryRun:
     def compiled(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """``gm``, a graph on the CPU, by code for ``target``: for a backend of Dynamo. Needs ``backward``, which says
         that graphs are traced on the CPU, and a runner."""
-        with virtual_gpu(self.target), self._configured(), self._recording({}):
-            from bi_inductor.backend import batchinv
+        from bi_inductor.backend import batchinv
 
-            return batchinv(gm, inputs, options=self.options)
+        with virtual_gpu(self.target), self._configured(), self._recording({}) as sources:
+            compiled = batchinv(gm, inputs, options=self.options)
+        for source in sources:
+            certificate.record_from(source)
+        return compiled
 
     @contextlib.contextmanager
     def _configured(self) -> Iterator[None]:

@@ -38,6 +38,15 @@ def test_ops_of_the_database_keep_their_verdict_and_their_bits(device, name):
     assert (result.rows > 0) == (result.verdict != "refused")
 
 
+@pytest.mark.lengthy
+@pytest.mark.parametrize("name", ["index_reduce.mean", "nn.functional.layer_norm", "broadcast_tensors", "sin"])
+def test_a_gpus_kernels_are_judged_in_the_interpreter(name):
+    """With gradients; those of ``broadcast_tensors`` are sums that its views leave to autograd."""
+    result = judge_op(name, Settings("interpreter", samples=1, backward=True))
+    assert result.verdict == ("invariant" if name == "sin" else "canonical"), result.reason
+    assert result.rows > ROWS and all(case.near_eager for case in result.cases)
+
+
 #: Whose kernels are only looked at: for the CPU and for a GPU that is not there, forward and backward.
 LOWERED = """cummax histc mode median multinomial stft fft.irfft linalg.solve complex
     nn.functional.adaptive_max_pool2d masked_scatter nn.functional.interpolate.linear""".split()

@@ -39,7 +39,9 @@ def test_ops_of_the_database_keep_their_verdict_and_their_bits(device, name):
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("name", ["index_reduce.mean", "nn.functional.layer_norm", "broadcast_tensors", "sin"])
+@pytest.mark.parametrize(
+    "name", ["index_reduce.mean", "nn.functional.layer_norm", "broadcast_tensors", "sin"]
+)
 def test_a_gpus_kernels_are_judged_in_the_interpreter(name):
     """With gradients; those of ``broadcast_tensors`` are sums that its views leave to autograd."""
     result = judge_op(name, Settings("interpreter", samples=1, backward=True))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from devices import DEVICES, compiled, over_batches, random_rows
 from torch.utils.checkpoint import checkpoint
 
+from bi_inductor.decompositions import views
 from bi_inductor.passes import canonicalize
 from bi_inductor.passes.copies import COPIES
 from bi_inductor.testing import changed_rows_over_batches, same_bits
@@ -111,6 +112,32 @@ def test_gradients_of_what_is_returned_repeated_do_not_depend_on_the_batch(devic
     monkeypatch.setattr(canonicalize, "REWRITES", canonicalize.REWRITES[: -len(COPIES)])
     torch._dynamo.reset()
     assert not all(map(same_bits, gradients(compiled(repeated), slice(None)), whole))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_zeros_of_gradients_have_one_sign_where_rows_are_taken_one_by_one(device, monkeypatch):
+    """Of two rows autograd adds zeros to the gradient of either, of one it adds nothing."""
+
+    def one_by_one(x):
+        numbers = range(len(x))
+        return torch.stack([(-x[i]).relu() for i in numbers]), torch.cat(
+            [(-x[i : i + 1]).relu() for i in numbers]
+        )
+
+    x, upstream = (random_rows(3, 40, device=device, seed=seed) for seed in range(2))
+
+    def gradient(rows, number):
+        leaf = x[rows].clone().requires_grad_()
+        torch._dynamo.reset()
+        result = compiled(one_by_one, dynamic=False)(leaf)[number]
+        return torch.autograd.grad(result, leaf, upstream[rows])[0]
+
+    for number in range(2):
+        alone = torch.cat([gradient(slice(row, row + 1), number) for row in range(3)])
+        assert same_bits(alone, gradient(slice(None), number))
+    monkeypatch.setattr(views, "TABLE", {})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert not same_bits(gradient(slice(0, 1), 0), gradient(slice(None), 0)[:1])
 
 
 def block(device, dtype):

@@ -44,6 +44,7 @@ from bi_inductor.decompositions import (
     scatter,
     selection,
     spectrum,
+    views,
 )
 from bi_inductor.ops import bmm_rounding, bmm_rounding_decomposed, moved_rows, moved_rows_decomposed
 
@@ -85,6 +86,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         **padding.TABLE,
         **elimination.TABLE,
         **recurrent.TABLE,
+        **views.TABLE,
         **_from_torch(),
         **complex_pairs.TABLE,
         **scatter.TABLE,

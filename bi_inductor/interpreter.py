@@ -41,9 +41,9 @@ class _Worker:
         atexit.register(self._process.kill)
 
     def run(self, source: str, inputs: list[Any], config_number: int | None) -> list[Any]:
-        """Send one request and wait for its reply."""
+        """Send one request and wait for its reply. Random seeds come from this process's generator."""
         buffer = io.BytesIO()
-        torch.save((source, inputs, config_number), buffer)
+        torch.save((source, inputs, config_number, torch.get_rng_state()), buffer)
         assert self._process.stdin is not None and self._process.stdout is not None
         with self._lock:
             self._process.stdin.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())
@@ -52,9 +52,10 @@ class _Worker:
             if len(header) < 8:
                 raise RuntimeError("the interpreter's process ended; its last words are on stderr")
             reply = self._process.stdout.read(*struct.unpack("<q", header))
-        outputs, error = torch.load(io.BytesIO(reply), weights_only=False)
+        outputs, state, error = torch.load(io.BytesIO(reply), weights_only=False)
         if error is not None:
             raise RuntimeError(f"a generated module failed in the interpreter:\n{error}")
+        torch.set_rng_state(state)
         return outputs
 
 

@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python -m bi_inductor.runtime.interpreter_worker < requests > replies
 
-A request is a pickled (source, inputs, config number or None); a reply is (outputs, None) or (None, traceback).
+A request is a pickled (source, inputs, config number or None, state of the generator of random numbers); a reply is
+(outputs, state, None) or (None, None, traceback).
 Triton decides at import whether its functions are compiled or interpreted, hence the process.
 """
 
@@ -138,11 +139,13 @@ def run_module(source: str, inputs: list[Any], number: int | None) -> list[Any]:
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     while header := requests.read(8):
         request = torch.load(io.BytesIO(requests.read(*struct.unpack("<q", header))), weights_only=False)
-        reply: tuple[list[Any] | None, str | None]
+        reply: tuple[list[Any] | None, torch.Tensor | None, str | None]
         try:
-            reply = (run_module(*request), None)
+            *arguments, state = request
+            torch.set_rng_state(state)
+            reply = (run_module(*arguments), torch.get_rng_state(), None)
         except Exception:
-            reply = (None, traceback.format_exc())
+            reply = (None, None, traceback.format_exc())
         buffer = io.BytesIO()
         torch.save(reply, buffer, pickle_protocol=pickle.HIGHEST_PROTOCOL)
         replies.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())

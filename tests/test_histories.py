@@ -81,6 +81,7 @@ def repeated(x, y):
     )
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_of_what_is_returned_repeated_do_not_depend_on_the_batch(device, monkeypatch):
     x, y = (random_rows(33, 40, device=device, seed=seed) for seed in range(2))

@@ -44,6 +44,10 @@ class Case:
         """Fresh copies of the inputs, of the rows first ... past - 1."""
         return [x[first:past].clone() if i in self.mapped else x.clone() for i, x in enumerate(self.inputs)]
 
+    def on(self, device: str) -> Case:
+        """The same with its inputs on ``device``."""
+        return dataclasses.replace(self, inputs=tuple(x.to(device) for x in self.inputs))
+
 
 def joined(cases: Sequence[Case]) -> Case:
     """One case that calls each of ``cases`` with its own inputs, and returns all results."""
@@ -78,14 +82,18 @@ def entries(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 def cases_of(op: Any, count: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[Case]:
-    """Cases from ``count`` samples of an entry, spread over those the database draws with one seed."""
+    """Cases from ``count`` samples of an entry, spread over those the database draws with one seed.
+
+    They are found on the CPU: an index out of bounds, tried out on a GPU, would end all that the process does there.
+    """
     torch.manual_seed(0)
     samples = list(itertools.islice(op.sample_inputs("cpu", dtype), _SAMPLES_SEEN))
     first = len(samples) // 2 if count == 1 else 0  # the first one is often empty or of one element
     chosen = sorted({first + number * len(samples) // count for number in range(count)}) if samples else []
     for number in chosen:
         sample = samples[number]
-        yield from _cases(number, _written(op), (sample.input, sample.args, sample.kwargs), device)
+        for case in _cases(number, _written(op), (sample.input, sample.args, sample.kwargs)):
+            yield case.on(device)
 
 
 def _written(op: Any) -> Any:
@@ -118,7 +126,7 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _cases(number: int, function: Callable[..., Any], arguments: Any, device: str) -> Iterator[Case]:
+def _cases(number: int, function: Callable[..., Any], arguments: Any) -> Iterator[Case]:
     leaves, structure = pytree.tree_flatten(arguments)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -134,7 +142,7 @@ def _cases(number: int, function: Callable[..., Any], arguments: Any, device: st
 
     if any(leaves[i].layout != torch.strided for i in where):
         return  # nothing is promised about sparse tensors, which no backend compiles
-    tensors = tuple(leaves[i].detach().to(device) for i in where)
+    tensors = tuple(leaves[i].detach() for i in where)
     found = [*_by_rows(number, single, tensors), *_by_vmap(number, lifted, tensors)]
     yield from found or [Case(number, "as it is", single, tensors, frozenset())]
 
@@ -173,7 +181,7 @@ def _varied(x: Tensor) -> Tensor:
     """Other bits in every row of floats; what is sorted, positive or between 0 and 1 stays so."""
     if not (x.is_floating_point() or x.is_complex()):
         return x
-    factors = 1 - torch.arange(len(x), device=x.device) / 64
+    factors = 1 - torch.arange(len(x)) / 64
     return (x * factors.reshape(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
 from bi_inductor.coverage import CaseResult, OpResult, Settings, judge_op
 
 
@@ -37,7 +39,10 @@ class _Worker:
         self.connection.send(name)
         try:
             if self.connection.poll(limit):
-                return self.connection.recv()
+                result, goes_on = self.connection.recv()
+                if not goes_on:
+                    self.stop()
+                return result
             reason = f"took longer than {limit:.0f} s"
         except EOFError:
             reason = "the process died"
@@ -67,4 +72,14 @@ def _serve(connection: Connection, settings: Settings) -> None:
         logging.disable(logging.CRITICAL)
     connection.send("ready")
     while True:
-        connection.send(judge_op(connection.recv(), settings))
+        connection.send((judge_op(connection.recv(), settings), _goes_on(settings)))
+
+
+def _goes_on(settings: Settings) -> bool:
+    """False once a kernel has failed on a GPU: nothing more can be done there by this process."""
+    try:
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

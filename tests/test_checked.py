@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from bi_inductor import BatchInvarianceError, doctor, inspect
 from bi_inductor.offline import compile_offline, load_kernel
 from bi_inductor.runtime import checked
-from bi_inductor.runtime.checked import CheckedKernel, _ir
+from bi_inductor.runtime.assembled import intermediate
+from bi_inductor.runtime.checked import CheckedKernel
 from bi_inductor.templates import quantized_tiles
 from bi_inductor.ttgir import wrong_sums
 from bi_inductor.ttgir.accumulators import wrong_starts
@@ -66,10 +67,10 @@ def test_kernels_of_attention_and_of_other_products_are_checked(monkeypatch):
 def test_a_kernel_for_inductors_launcher_is_read_beside_its_cubin(tmp_path):
     kernel = types.SimpleNamespace(cubin_path=str(tmp_path / "kernel.cubin"))
     for kind in ("ttgir", "ttir"):
-        assert _ir(kernel, kind) == ""  # Triton was told to keep binaries only
+        assert intermediate(kernel, kind) == ""  # Triton was told to keep binaries only
         (tmp_path / f"kernel.{kind}").write_text(kind)
-        assert _ir(kernel, kind) == kind
-        assert _ir(types.SimpleNamespace(asm={kind: "module {}"}), kind) == "module {}"
+        assert intermediate(kernel, kind) == kind
+        assert intermediate(types.SimpleNamespace(asm={kind: "module {}"}), kind) == "module {}"
 
 
 #: The loops over chunks, over runs of tiles and over the tiles of a run, and what each of them carries.

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.passes.attention import ATTENTION
 from bi_inductor.passes.contractions import CONTRACTIONS
-from bi_inductor.passes.copies import COPIES
+from bi_inductor.passes.copies import COPIES, copy_returned_views
 from bi_inductor.passes.flex import FLEX
 from bi_inductor.passes.linear import LINEAR, inline_module
 from bi_inductor.passes.matmul import MATMUL
@@ -49,6 +49,8 @@ def canonicalize(gm: GraphModule, refuse: Callable[[BatchInvarianceError], None]
     for body in _bodies(gm):
         for node in list(body.graph.nodes):
             _rewrite(body, node, refuse)
+    copy_returned_views(gm.graph)
+    for body in _bodies(gm):
         body.recompile()
     return gm
 

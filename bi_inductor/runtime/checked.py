@@ -7,27 +7,27 @@ Emitted templates import this module in the place of ``triton_heuristics``, whos
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch._inductor.runtime import triton_heuristics
 from torch._inductor.runtime.hints import HeuristicType
-from torch._inductor.runtime.triton_heuristics import CachingAutotuner, Config
+from torch._inductor.runtime.triton_heuristics import Config
 
 from ..errors import BatchInvarianceError
 from ..ttgir import wrong_sums
+from .assembled import AssembledKernel, intermediate
 
 
 def __getattr__(name: str) -> Any:
     return getattr(triton_heuristics, name)
 
 
-class CheckedKernel(CachingAutotuner):
+class CheckedKernel(AssembledKernel):
     """A kernel that is refused if its products are not added in ascending k from zero."""
 
     def _precompile_config(self, cfg: Config) -> Any:
         result = super()._precompile_config(cfg)
-        wrong = wrong_sums(*(_ir(result.kernel, kind) for kind in ("ttgir", "ttir")))
+        wrong = wrong_sums(*(intermediate(result.kernel, kind) for kind in ("ttgir", "ttir")))
         if wrong:
             raise BatchInvarianceError(
                 f"the compiled kernel {self.inductor_meta.get('kernel_name')} ({cfg})",
@@ -35,17 +35,6 @@ class CheckedKernel(CachingAutotuner):
                 "please report the graph: this is a bug of batchinv or of Triton, and nothing was run",
             )
         return result
-
-
-def _ir(kernel: Any, kind: str) -> str:
-    """The IR that ``kernel`` was made from, "ttir" or "ttgir", or "" where Triton was told to keep binaries only.
-
-    A kernel for Inductor's own launcher knows its cubin's place alone, beside which Triton left the IR.
-    """
-    if hasattr(kernel, "asm"):
-        return kernel.asm.get(kind, "")
-    file = Path(kernel.cubin_path).with_suffix(f".{kind}")
-    return file.read_text() if file.exists() else ""
 
 
 def template(
@@ -56,7 +45,11 @@ def template(
     filename: str | None = None,
     **_: Any,
 ) -> Any:
-    """Decorator of emitted templates with one configuration, in the place of ``triton_heuristics.template``."""
+    """Decorator of emitted templates with one configuration, in the place of ``triton_heuristics.template``.
+
+    With Inductor's ``profile_bandwidth`` they are checked and not profiled: its kernels are of another class.
+    """
+    inductor_meta["profile_bandwidth"] = None
     return triton_heuristics.cached_autotune(
         None,
         [Config({}, num_warps=num_warps, num_stages=num_stages)],

@@ -12,6 +12,8 @@ from typing import Any
 from torch._inductor.runtime import triton_heuristics
 from torch._inductor.runtime.hints import HeuristicType, ReductionHint
 
+from .assembled import assembled
+
 
 def __getattr__(name: str) -> Any:
     return getattr(triton_heuristics, name)
@@ -53,6 +55,16 @@ def looped_tile(rows: int, length: int, inner: bool) -> Tile:
     return x, 2048 // x, 1
 
 
+def pointwise(*args: Any, **kernel: Any) -> Any:
+    """Decorator of kernels without a sum; arguments as ``triton_heuristics.pointwise``."""
+    return assembled(triton_heuristics.pointwise(*args, **kernel))
+
+
+def foreach(*args: Any, **kernel: Any) -> Any:
+    """Decorator of several kernels in one; arguments as ``triton_heuristics.foreach``."""
+    return assembled(triton_heuristics.foreach(*args, **kernel))
+
+
 def reduction(size_hints: dict[str, int], reduction_hint: Any, **kernel: Any) -> Any:
     """Decorator of looped kernels; arguments as ``triton_heuristics.reduction``."""
     return _decorator("looped_tile", triton_heuristics.reduction, size_hints, reduction_hint, kernel)
@@ -69,16 +81,12 @@ def _decorator(tile: str, stock: Any, size_hints: Any, reduction_hint: Any, kern
     persistent = tile == "persistent_tile"
     inductor_meta = kernel["inductor_meta"]
     if set(size_hints) != {"x", "r0_"} or inductor_meta.get("no_x_dim"):
-        return stock(size_hints=size_hints, reduction_hint=reduction_hint, **kernel)
+        return assembled(stock(size_hints=size_hints, reduction_hint=reduction_hint, **kernel))
     inductor_meta["reduction_hint"] = reduction_hint
     choose = globals()[tile]  # looked up by name: tests and sweeps force other tiles
     x, r, num_warps = choose(size_hints["x"], size_hints["r0_"], reduction_hint == ReductionHint.INNER)
     blocks = {"XBLOCK": x} if persistent else {"XBLOCK": x, "R0_BLOCK": r}
     config = triton_heuristics.Config(blocks, num_warps=num_warps, num_stages=1)
     config.dynamic_scale_rblock = True
-    return triton_heuristics.cached_autotune(
-        size_hints,
-        [config],
-        heuristic_type=HeuristicType.PERSISTENT_REDUCTION if persistent else HeuristicType.REDUCTION,
-        **kernel,
-    )
+    kind = HeuristicType.PERSISTENT_REDUCTION if persistent else HeuristicType.REDUCTION
+    return assembled(triton_heuristics.cached_autotune(size_hints, [config], heuristic_type=kind, **kernel))

@@ -48,6 +48,7 @@ def template(
     choice = TileChoice(configs, **triton_meta.pop("choice"))
     triton_meta["signature"].update(dict.fromkeys(configs[0].kwargs, "constexpr"))
     inductor_meta |= {
+        "profile_bandwidth": None,  # it would take another class of kernels
         "grid_type": "PrecomputedGrid",
         "precomputed_grids": [_grid(config, choice.sm_count) for config in configs],
         "extra_launcher_args": list(SIZES),

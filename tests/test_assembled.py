@@ -1,0 +1,128 @@
+"""An addition that ptxas loses, in kernels of some tiles: they are assembled at a lower level."""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+import triton
+from devices import compiled, random_rows
+from packaging.version import Version
+from torch._inductor.runtime import triton_heuristics
+
+from bi_inductor import inspect
+from bi_inductor.offline import compile_offline, load_kernel
+from bi_inductor.runtime import assembled
+from bi_inductor.runtime.assembled import has_a_lost_addition
+from bi_inductor.testing import same_bits
+from bi_inductor.virtual import virtual_gpu
+
+#: An addition of two 16-bit integers whose constant is gone.
+LOST = re.compile(r"VIADD\.16x2 \w+, \w+(?:\.reuse)?, 0x0 ;")
+
+
+#: Whether this Triton's LLVM writes additions of such pairs for the kernels below at all.
+ARE_WRITTEN = Version(triton.__version__) < Version("3.8")
+
+
+def sums(x):
+    return x.cumsum(1)
+
+
+def kernels_of_sums():
+    x = torch.randn(7, 5, 5)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return inspect(sums, x, target="sm_90").kernels
+
+
+def forced(monkeypatch, elements, num_warps):
+    """Kernels without a sum have so many ``elements`` per thread."""
+    config = triton_heuristics.Config(
+        {"XBLOCK": elements * 32 * num_warps}, num_warps=num_warps, num_stages=1
+    )
+    monkeypatch.setattr(triton_heuristics, "triton_config", lambda *args, **kwargs: config)
+
+
+def instructions(cubin, tmp_path):
+    """What the machine executes, as nvdisasm writes it."""
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cubin)
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
+    return subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def test_no_kernel_has_lost_an_addition(monkeypatch, tmp_path):
+    forced(monkeypatch, 2, 2)
+
+    def lost():
+        made = compile_offline(kernels_of_sums(), "sm_90")
+        assert any(has_a_lost_addition(kernel.ptx) for kernel in made) == ARE_WRITTEN
+        return [kernel for kernel in made if LOST.search(instructions(kernel.cubin, tmp_path))]
+
+    assert not lost()
+    monkeypatch.setattr(assembled, "has_a_lost_addition", lambda ptx: False)
+    assert bool(lost()) == ARE_WRITTEN
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_only_kernels_with_such_an_addition_are_assembled_at_a_lower_level(found, monkeypatch):
+    options = []
+    create = triton_heuristics.CachingAutotuner._create_compile_options
+
+    def noted(self, *args, **kwargs):
+        options.append(create(self, *args, **kwargs))
+        return options[-1]
+
+    monkeypatch.setattr(triton_heuristics.CachingAutotuner, "_create_compile_options", noted)
+    monkeypatch.setattr(assembled, "has_a_lost_addition", lambda ptx: found)
+    compile_offline(inspect(torch.sin, torch.randn(7, 40), target="sm_90"), "sm_90")
+    assert [each.get("ptx_options") for each in options] == [None, "--opt-level 1"][: 1 + found]
+
+
+def test_nothing_is_trusted_of_which_no_ptx_is_left():
+    assert has_a_lost_addition("") and not has_a_lost_addition("add.s32 %r1, %r2, %r3;")
+    assert has_a_lost_addition("add.s16x2 %r1, %r2, %r3;")
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize(
+    "graph",
+    [
+        torch.sin,
+        lambda x: x.sum(1),
+        lambda x: x.sum(0),
+        lambda x: x @ x.t(),
+        lambda x: (x @ x.t()).softmax(1),
+    ],
+)
+def test_every_emitted_kernel_is_assembled_so(graph, profiled):
+    with torch._inductor.config.patch(profile_bandwidth=profiled):
+        kernels = inspect(graph, torch.randn(7, 40), target="sm_90").kernels
+    assert kernels
+    with virtual_gpu("sm_90"):
+        for name, source in kernels.items():
+            assert isinstance(load_kernel(source, name), assembled.Assembled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("elements", "num_warps"), [(1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 4)])
+def test_every_tile_gives_the_same_bits(elements, num_warps, monkeypatch):
+    """Forward and gradient of a scan, whose places are small numbers; the guard is off last."""
+    x, upstream = (random_rows(7, 5, 5, device="cuda", seed=seed) for seed in range(2))
+
+    def gradients():
+        torch._dynamo.reset()
+        leaf = x.clone().requires_grad_()
+        torch._dynamo.maybe_mark_dynamic(leaf, 0)
+        with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
+            result = compiled(sums)(leaf)
+            return torch.stack([result.detach(), *torch.autograd.grad(result, leaf, upstream)])
+
+    expected = gradients()
+    assert same_bits(expected[0], torch.cat([compiled(sums, dynamic=False)(row[None]) for row in x]))
+    forced(monkeypatch, elements, num_warps)
+    assert same_bits(gradients(), expected)
+    if elements == 2 and ARE_WRITTEN:
+        monkeypatch.setattr(assembled, "has_a_lost_addition", lambda ptx: False)
+        assert not same_bits(gradients(), expected)

@@ -7,6 +7,7 @@ code that an older checkout generated; workers of pytest-xdist each import this 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 _CACHE = tempfile.mkdtemp(prefix="batchinv-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_CACHE, "inductor")
@@ -71,6 +72,14 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.write_line(
             f"{count} tests marked gpu were deselected: this machine has no CUDA device"
         )
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Nobody reads what torch traces for its tools; with pytest's handler there, every graph is written out several
+    times."""
+    torch._logging._internal.trace_log.handlers.clear()
+    return (yield)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -108,7 +108,7 @@ def test_every_emitted_kernel_is_assembled_so(graph, profiled):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("elements", "num_warps"), [(1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 4)])
 def test_every_tile_gives_the_same_bits(elements, num_warps, monkeypatch):
-    """Forward and gradient of a scan, whose places are small numbers; the guard is off last."""
+    """Forward and gradient of a scan, whose places are small numbers; with the guard off two of the tiles do not."""
     x, upstream = (random_rows(7, 5, 5, device="cuda", seed=seed) for seed in range(2))
 
     def gradients():
@@ -123,6 +123,6 @@ def test_every_tile_gives_the_same_bits(elements, num_warps, monkeypatch):
     assert same_bits(expected[0], torch.cat([compiled(sums, dynamic=False)(row[None]) for row in x]))
     forced(monkeypatch, elements, num_warps)
     assert same_bits(gradients(), expected)
-    if elements == 2 and ARE_WRITTEN:
+    if ARE_WRITTEN and elements == 2 and num_warps > 1:
         monkeypatch.setattr(assembled, "has_a_lost_addition", lambda ptx: False)
         assert not same_bits(gradients(), expected)

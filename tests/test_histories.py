@@ -157,6 +157,7 @@ def block(device, dtype):
     return Block().to(device, dtype)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), *ON_A_GPU])
 def test_every_history_gives_the_same_bits(device, dtype):
     model, x = block(device, dtype), random_rows(9, 11, 32, device=device, dtype=dtype)

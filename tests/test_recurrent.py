@@ -97,6 +97,7 @@ def test_stock_changes_rows():
         assert count_changed_rows(stock(x)[0], alone) > 0
 
 
+@pytest.mark.lengthy
 def test_a_cell_in_a_loop_has_the_bits_of_the_layer():
     layer, cell = nn.GRU(4, 6), nn.GRUCell(4, 6)
     cell.load_state_dict({name.removesuffix("_l0"): p for name, p in layer.state_dict().items()})

@@ -182,6 +182,7 @@ def language_model(device):
     return model, loss, rows_to(50, 66, device).reshape(2, 33)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_language_model_trains(device):
     """Two compiles, one static and one dynamic, give the same weight gradients."""

@@ -36,6 +36,7 @@ def trained(model, x, fn, **autocast):
     return [output.detach(), x.grad, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("autocast", "device"),
     [(True, "cpu"), *(pytest.param(on, "cuda", marks=pytest.mark.gpu) for on in (False, True))],
@@ -57,6 +58,7 @@ def test_what_is_saved_changes_nothing(device, autocast):
         assert all(map(same_bits, result, results[1.0])), name
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_graph_equals_its_pieces(device):
     """Whole, and each op compiled for itself with eager autograd between them."""
@@ -79,6 +81,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_steps_do_not_depend_on_grouping(name, foreach):

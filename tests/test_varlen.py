@@ -85,6 +85,7 @@ def test_the_values_are_those_of_a_softmax():
     assert not output[10:].any()
 
 
+@pytest.mark.lengthy
 def test_input_gradients_are_those_of_documents_alone():
     def gradients(fn, *inputs):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -116,6 +117,7 @@ def paged(texts, slots, device):
     return pages, table.int().to(device)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_chunks_of_queries_over_a_cache(device):
     """The last part of a document as the queries. Keys in a pack and, since torch 2.13, by fewer heads in slots longer

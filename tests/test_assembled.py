@@ -1,8 +1,9 @@
-"""An addition that ptxas loses, in kernels of some tiles: they are assembled at a lower level."""
+"""An addition that ptxas loses, in kernels of some tiles: it is taken apart before."""
 
 import os
 import re
 import subprocess
+import types
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._inductor.runtime import triton_heuristics
 from bi_inductor import inspect
 from bi_inductor.offline import compile_offline, load_kernel
 from bi_inductor.runtime import assembled
-from bi_inductor.runtime.assembled import has_a_lost_addition
+from bi_inductor.runtime.assembled import apart
 from bi_inductor.testing import same_bits
 from bi_inductor.virtual import virtual_gpu
 
@@ -30,8 +31,8 @@ def sums(x):
     return x.cumsum(1)
 
 
-def kernels_of_sums():
-    x = torch.randn(7, 5, 5)
+def kernels_of_sums(*shape):
+    x = torch.randn(shape)
     torch._dynamo.maybe_mark_dynamic(x, 0)
     return inspect(sums, x, target="sm_90").kernels
 
@@ -44,10 +45,10 @@ def forced(monkeypatch, elements, num_warps):
     monkeypatch.setattr(triton_heuristics, "triton_config", lambda *args, **kwargs: config)
 
 
-def instructions(cubin, tmp_path):
+def instructions(kernel, tmp_path):
     """What the machine executes, as nvdisasm writes it."""
     file = tmp_path / "kernel.cubin"
-    file.write_bytes(cubin)
+    file.write_bytes(kernel.cubin)
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
     return subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=True).stdout
 
@@ -55,18 +56,54 @@ def instructions(cubin, tmp_path):
 def test_no_kernel_has_lost_an_addition(monkeypatch, tmp_path):
     forced(monkeypatch, 2, 2)
 
-    def lost():
-        made = compile_offline(kernels_of_sums(), "sm_90")
-        assert any(has_a_lost_addition(kernel.ptx) for kernel in made) == ARE_WRITTEN
-        return [kernel for kernel in made if LOST.search(instructions(kernel.cubin, tmp_path))]
+    def found():
+        return [
+            instructions(kernel, tmp_path) for kernel in compile_offline(kernels_of_sums(7, 5, 5), "sm_90")
+        ]
 
-    assert not lost()
-    monkeypatch.setattr(assembled, "has_a_lost_addition", lambda ptx: False)
-    assert bool(lost()) == ARE_WRITTEN
+    assert not any("VIADD.16x2" in code for code in found())
+    monkeypatch.setattr(assembled, "mended", lambda kernel: {})
+    assert any(map(LOST.search, found())) == ARE_WRITTEN
 
 
-@pytest.mark.parametrize("found", [False, True])
-def test_only_kernels_with_such_an_addition_are_assembled_at_a_lower_level(found, monkeypatch):
+@pytest.mark.parametrize("level", [None, "--opt-level 1"])
+def test_a_lower_level_is_no_remedy(level, monkeypatch, tmp_path):
+    """Of these two kernels each loses one at the level at which the other loses none."""
+    monkeypatch.setattr(assembled, "mended", lambda kernel: {"ptx_options": level} if level else {})
+    lost = []
+    for shape, elements, num_warps in [((7, 5, 5), 2, 2), ((7, 4097), 2, 8)]:
+        forced(monkeypatch, elements, num_warps)
+        made = compile_offline(kernels_of_sums(*shape), "sm_90")
+        lost.append(any(LOST.search(instructions(kernel, tmp_path)) for kernel in made))
+    assert lost == [ARE_WRITTEN and level is None, ARE_WRITTEN and level is not None]
+
+
+def test_where_no_ptx_is_left_the_instructions_are_read(monkeypatch, tmp_path):
+    forced(monkeypatch, 2, 2)
+    monkeypatch.setattr(assembled, "intermediate", lambda kernel, kind: "")
+    made = compile_offline(kernels_of_sums(7, 5, 5), "sm_90")
+    assert not any(LOST.search(instructions(kernel, tmp_path)) for kernel in made)
+    assert any("VIADD.16x2" in instructions(kernel, tmp_path) for kernel in made) == ARE_WRITTEN
+    assert assembled.mended(types.SimpleNamespace(asm={"hsaco": b""})) == {}
+
+
+PTX = """
+	mov.b32 	%r52, 65537;
+	add.s16x2 	%r53, %r51, %r52;
+	@%p1 bra 	$L1;
+"""
+
+
+def test_a_pair_is_taken_apart():
+    made = apart(PTX)
+    assert "add.s16x2" not in made and made.count("add.s16 ") == 2
+    assert made.startswith(PTX[: PTX.index("add")]) and made.endswith(PTX[PTX.index("\t@") :])
+    assert apart(made) == made and apart("\tadd.s32 \t%r1, %r2, %r3;") == "\tadd.s32 \t%r1, %r2, %r3;"
+    predicated = types.SimpleNamespace(asm={"ptx": "@%p1 add.s16x2 %r1, %r2, %r3;"})
+    assert assembled.mended(predicated) == {"ptx_options": "--opt-level 0"}
+
+
+def test_other_kernels_are_assembled_once(monkeypatch):
     options = []
     create = triton_heuristics.CachingAutotuner._create_compile_options
 
@@ -75,14 +112,8 @@ def test_only_kernels_with_such_an_addition_are_assembled_at_a_lower_level(found
         return options[-1]
 
     monkeypatch.setattr(triton_heuristics.CachingAutotuner, "_create_compile_options", noted)
-    monkeypatch.setattr(assembled, "has_a_lost_addition", lambda ptx: found)
     compile_offline(inspect(torch.sin, torch.randn(7, 40), target="sm_90"), "sm_90")
-    assert [each.get("ptx_options") for each in options] == [None, "--opt-level 1"][: 1 + found]
-
-
-def test_nothing_is_trusted_of_which_no_ptx_is_left():
-    assert has_a_lost_addition("") and not has_a_lost_addition("add.s32 %r1, %r2, %r3;")
-    assert has_a_lost_addition("add.s16x2 %r1, %r2, %r3;")
+    assert len(options) == 1 and not options[0].get("ir_override")
 
 
 @pytest.mark.parametrize("profiled", [False, True])
@@ -124,5 +155,5 @@ def test_every_tile_gives_the_same_bits(elements, num_warps, monkeypatch):
     forced(monkeypatch, elements, num_warps)
     assert same_bits(gradients(), expected)
     if ARE_WRITTEN and elements == 2 and num_warps > 1:
-        monkeypatch.setattr(assembled, "has_a_lost_addition", lambda ptx: False)
+        monkeypatch.setattr(assembled, "mended", lambda kernel: {})
         assert not same_bits(gradients(), expected)

@@ -4,8 +4,8 @@ ptxas of CUDA 12.8 and 12.9, which Triton 3.6 to 3.8 bring, is wrong about ``add
 16-bit integers that Hopper has: where only one of the two sums is used by what follows and the other operand is a
 constant, it may add zero. At which level it does differs from kernel to kernel; at ``--opt-level 1`` too. LLVM writes
 such additions where a thread has two or more elements whose places along an axis are small numbers, as in
-``(1 + x0) // 2 % 2`` of a scan or a padding; so some tiles of one source load from wrong places, and others do not. In a
-kernel that has them each pair is taken apart before it is assembled, which changes nothing else.
+``(1 + x0) // 2 % 2`` of a scan; so some tiles of one source load from wrong places, and others do not. In a kernel that
+has them each pair is taken apart before it is assembled, which changes nothing else.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
@@ -120,6 +121,27 @@ def test_what_eager_cannot_do_here_is_no_error():
 def test_a_crash_is_an_error_and_the_table_goes_on(monkeypatch):
     results = list(coverage_pool.judged(["no such op", "sin"], Settings(samples=1, lower_only=True), 300))
     assert [r.verdict for r in results] == ["ERROR", "invariant"] and "KeyError" in results[0].reason
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_whose_gpu_has_failed_is_replaced(fails, monkeypatch):
+    """An assertion in a kernel ends all that its process can do on a GPU, for every op that follows."""
+
+    def synchronize():
+        if fails:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    worker, settings = coverage_pool._Worker(Settings()), Settings("cuda")
+    answer, stopped = OpResult("sin", "cuda", ()), []
+    worker.process = object()
+    worker.connection = types.SimpleNamespace(
+        send=lambda name: None,
+        poll=lambda limit: True,
+        recv=lambda: (answer, coverage_pool._goes_on(settings)),
+    )
+    monkeypatch.setattr(worker, "stop", lambda: stopped.append(True))
+    assert worker.judge("sin", 1) is answer and stopped == [True] * fails
 
 
 def test_the_command_resumes_and_writes(tmp_path, capsys):

@@ -101,7 +101,7 @@ def _compile(autotuner: Any, config: Any, name: str, target: str) -> CompiledKer
     with never:
         kernel = autotuner._precompile_config(config).kernel
     cubin = kernel.asm["cubin"]
-    registers, stack_bytes = _resources(cubin)
+    registers, stack_bytes = resources_of(cubin)
     return CompiledKernel(
         name=name,
         target=target,
@@ -115,7 +115,7 @@ def _compile(autotuner: Any, config: Any, name: str, target: str) -> CompiledKer
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources_of(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) per thread of the kernel in ``cubin``."""
     import triton
 

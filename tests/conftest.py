@@ -76,9 +76,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Nobody reads what torch traces for its tools; with pytest's handler there, every graph is written out several
-    times."""
-    torch._logging._internal.trace_log.handlers.clear()
+    """Nobody reads what torch traces for its tools, unless TORCH_TRACE asks for it; with pytest's handler there, every
+    graph is written out several times."""
+    if "TORCH_TRACE" not in os.environ:
+        torch._logging._internal.trace_log.handlers.clear()
     return (yield)
 
 

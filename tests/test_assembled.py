@@ -1,6 +1,7 @@
 """An addition that ptxas loses, in kernels of some tiles: it is taken apart before."""
 
 import os
+import pickle
 import re
 import subprocess
 import types
@@ -21,8 +22,6 @@ from bi_inductor.virtual import virtual_gpu
 
 #: An addition of two 16-bit integers whose constant is gone.
 LOST = re.compile(r"VIADD\.16x2 \w+, \w+(?:\.reuse)?, 0x0 ;")
-
-
 #: Whether this Triton's LLVM writes additions of such pairs for the kernels below at all.
 ARE_WRITTEN = Version(triton.__version__) < Version("3.8")
 
@@ -123,6 +122,7 @@ def test_other_kernels_are_assembled_once(monkeypatch):
         torch.sin,
         lambda x: x.sum(1),
         lambda x: x.sum(0),
+        lambda x: torch.cat([x[i % 7] for i in range(20)]),  # several kernels in one
         lambda x: x @ x.t(),
         lambda x: (x @ x.t()).softmax(1),
     ],
@@ -133,7 +133,9 @@ def test_every_emitted_kernel_is_assembled_so(graph, profiled):
     assert kernels
     with virtual_gpu("sm_90"):
         for name, source in kernels.items():
-            assert isinstance(load_kernel(source, name), assembled.Assembled)
+            kernel = load_kernel(source, name)
+            kernel.prepare_for_pickle()  # as a process that compiles for this one sends it
+            assert isinstance(pickle.loads(pickle.dumps(kernel)), assembled.Assembled)
 
 
 @pytest.mark.gpu
@@ -154,6 +156,7 @@ def test_every_tile_gives_the_same_bits(elements, num_warps, monkeypatch):
     assert same_bits(expected[0], torch.cat([compiled(sums, dynamic=False)(row[None]) for row in x]))
     forced(monkeypatch, elements, num_warps)
     assert same_bits(gradients(), expected)
-    if ARE_WRITTEN and elements == 2 and num_warps > 1:
+    has_pairs = ARE_WRITTEN and torch.cuda.get_device_capability() >= (9, 0)
+    if has_pairs and elements == 2 and num_warps > 1:
         monkeypatch.setattr(assembled, "mended", lambda kernel: {})
         assert not same_bits(gradients(), expected)

@@ -22,7 +22,7 @@ from bi_inductor import certificate, traced
 from bi_inductor.capture import captured
 from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.fakes import FakeCall, fake_call
-from bi_inductor.virtual import virtual_gpu
+from bi_inductor.virtual import for_the_interpreter, virtual_gpu
 
 #: Executes a generated module: (source, graph inputs) -> graph outputs.
 Runner = Callable[[str, list[Any]], list[Any]]
@@ -111,6 +111,7 @@ class DryRun:
             _moved_before_inductor(self.device)
             if self.traced_device != self.device
             else contextlib.nullcontext(),
+            for_the_interpreter() if self.runner else contextlib.nullcontext(),
         ):
             yield
 

@@ -11,6 +11,7 @@ keep asking the real machine, except through memoised answers, which is why memo
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import threading
@@ -27,6 +28,7 @@ from bi_inductor.errors import MissingDependencyError
 from bi_inductor.targets import VirtualDevice, find_target
 
 _LOCK = threading.RLock()
+_INTERPRETED = contextvars.ContextVar("_INTERPRETED", default=False)
 
 #: Modules whose memoised functions may have captured an answer of the (virtual or real) GPU.
 _MEMOISING_MODULES = (
@@ -41,6 +43,21 @@ _MEMOISING_METHODS = (
     ("torch._inductor.codecache", "CacheBase", "get_system"),
     ("torch._inductor.runtime.hints", "DeviceProperties", "create"),
 )
+
+
+@contextlib.contextmanager
+def for_the_interpreter() -> Iterator[None]:
+    """While it is active, kernels are emitted that Triton's interpreter can run: it has no Gluon."""
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def is_interpreted() -> bool:
+    """True if what is emitted is run by Triton's interpreter."""
+    return _INTERPRETED.get()
 
 
 def require_triton() -> None:

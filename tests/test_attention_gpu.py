@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
 
-from bi_inductor.templates import triton_attention
+from bi_inductor.templates import triton_attention, triton_attention_specialised
 from bi_inductor.templates.triton_attention import Schedule
 from bi_inductor.testing import same_bits
 
@@ -51,9 +51,10 @@ def compiled(fn, **options):
 
 
 def forced(fn, schedule, *inputs):
-    """``fn`` compiled with one schedule, whatever the table says."""
+    """``fn`` compiled with one schedule of warps of one kind, whatever the table says."""
     with (
         torch._inductor.config.patch(force_disable_caches=True),
+        mock.patch.object(triton_attention, "is_suited", lambda *_: False),
         mock.patch.object(triton_attention, "schedule_for", lambda *_: schedule),
     ):
         return compiled(fn, dynamic=False)(*inputs)
@@ -79,6 +80,76 @@ def test_every_schedule_has_the_same_bits(fn, dtype, head_dim):
     assert_accurate(results[0], exact(fn, *inputs))
     for schedule, result in zip(SCHEDULES, results, strict=True):
         assert same_bits(result, results[0]), schedule
+
+
+def specialised(fn, *inputs, programs=132, repeats=1):
+    """Results of ``fn`` compiled for warps of two kinds, which is checked, with so many programs, heads in sections."""
+    called = []
+
+    def write(*arguments):
+        called.append(arguments)
+        return triton_attention_specialised.specialised(*arguments)
+
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        mock.patch.object(triton_attention_specialised, "_SECTION_BYTES", 1 << 20),
+        mock.patch.object(triton_attention_specialised, "_sm_count", lambda _: programs),
+        mock.patch.object(triton_attention, "specialised", write),
+    ):
+        run = compiled(fn, dynamic=False)
+        results = [run(*inputs) for _ in range(repeats)]
+    assert len(called) == 1
+    return results
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        (torch.bfloat16, (2, 6, 2, 1100, 1100, 128)),
+        (torch.float16, (1, 8, 8, 2000, 2000, 64)),
+        (torch.bfloat16, (8, 4, 1, 300, 1000, 80)),
+        (torch.bfloat16, (1, 2, 1, 700, 333, 128)),
+        (torch.float16, (5, 7, 7, 256, 63, 48)),
+        (torch.bfloat16, (1, 2, 2, 9300, 9300, 128)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fn", [causal, full])
+def test_warps_of_two_kinds_give_the_bits_of_one(fn, dtype, sizes):
+    inputs = operands(*sizes, dtype)
+    expected = forced(fn, SCHEDULES[3], *inputs)
+    for programs in (1, 17, 132):
+        for result in specialised(fn, *inputs, programs=programs, repeats=20):  # a race shows now and then
+            assert same_bits(result, expected), programs
+
+
+def test_rows_of_warps_of_two_kinds_depend_on_themselves_alone():
+    inputs = operands(4, 4, 2, 500, 500, 128)
+    (expected,) = specialised(causal, *inputs)
+    (alone,) = specialised(causal, *(x[2:3] for x in inputs))
+    assert same_bits(alone, expected[2:3])
+    poisoned = [x.clone() for x in inputs]
+    for x, value in zip(poisoned, (math.nan, math.inf, math.nan), strict=True):
+        x[:2] = value
+    (beside,) = specialised(causal, *poisoned)
+    assert same_bits(beside[2:], expected[2:])
+
+
+@pytest.mark.parametrize("fn", [causal, full])
+def test_one_graph_has_warps_of_both_kinds(fn):
+    inputs = operands(2, 4, 2, 1500, 1500, 128)
+    run = compiled(fn, dynamic=True)
+    for queries in (700, 40, 1500, 256, 255, 1, 257):
+        cut = [inputs[0][:, :, :queries], *inputs[1:]]
+        assert same_bits(run(*cut), forced(fn, SCHEDULES[3], *cut)), queries
+
+
+def test_unaligned_operands_keep_warps_of_one_kind():
+    q, k, v = operands(1, 2, 2, 300, 300, 129)
+    inputs = [x[..., 1:] for x in (q, k, v)]  # rows of 258 bytes
+    expected = forced(causal, SCHEDULES[3], *inputs)
+    with mock.patch.object(triton_attention, "specialised", None):
+        assert same_bits(compiled(causal, dynamic=False)(*inputs), expected)
 
 
 def test_latent_heads_in_every_schedule():

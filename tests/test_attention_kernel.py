@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from pathlib import Path
 
 import numpy
 import pytest
@@ -14,6 +15,7 @@ from accuracy import assert_accurate
 from bi_inductor import contract, inspect, oracle, verifier
 from bi_inductor.attention_op import OVERLOAD, attention
 from bi_inductor.codegen import triton
+from bi_inductor.errors import BatchInvarianceError
 from bi_inductor.interpreter import run_in_interpreter
 from bi_inductor.offline import compile_offline
 from bi_inductor.templates import triton_attention
@@ -167,19 +169,68 @@ def test_masks_and_rows_without_a_key(short_chunks, kind):
 
 def test_few_rows_compute_chunks_side_by_side_and_many_in_sequence():
     decode = kernels(full, *operands(1, 32, 8, 1, 4096, 128), dynamic=True).source
-    prefill = kernels(causal, *operands(1, 16, 8, 2000, 2000, 128)).source
+    prefill = kernels(causal, *operands(1, 64, 32, 200, 2000, 128)).source
     assert "attention.one_chunk(" in decode and "attention.fold_chunks(" in decode
     assert "attention.all_chunks(" in prefill and "one_chunk" not in prefill
+
+
+@pytest.mark.parametrize(("head_dim", "queries"), [(48, 2000), (64, 2000), (128, 2000), (128, 1 << 24)])
+def test_many_queries_have_warps_of_two_kinds_on_hopper_without_stack(head_dim, queries):
+    """The last have int64 addresses. What their products start from is read as in every other kernel."""
+    shape = (1, 64, queries, head_dim)
+    inputs = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    found = kernels(causal, *inputs)
+    assert "attention_specialised.attend(" in found.source and len(found.kernels) == 1
+    (kernel,) = compile_offline(found.kernels)
+    assert not kernel.spills and kernel.num_warps == 12
+
+
+def test_others_have_warps_of_one_kind():
+    q, k, v = operands(1, 64, 32, 300, 300, 64)
+    unaligned = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    for found in (
+        kernels(causal, q, k, v, target="sm_80"),
+        kernels(causal, *(x.float() for x in (q, k, v))),
+        kernels(full, q, k, v, attn_mask=torch.ones(300, 300, dtype=torch.bool)),
+        kernels(causal, *unaligned),
+    ):
+        assert "attention.all_chunks(" in found.source and "attend(" not in found.source
+
+
+def test_wrong_sums_of_warps_of_two_kinds_are_refused(monkeypatch, tmp_path):
+    """A sum that starts from ones in the place of zeros is found in what Triton's passes left of the kernel."""
+    source = (Path(triton_attention.__file__).parents[1] / "runtime" / "attention_specialised.py").read_text()
+    assert source.count("no_acc = gl.zeros(") == 1
+    (kernel,) = kernels(causal, *operands(1, 64, 32, 300, 300, 64)).kernels.values()
+    path = tmp_path / "wrong_attention.py"
+    path.write_text(
+        source.replace(
+            "no_acc = gl.zeros([GROUP_ROWS, BLOCK_DV], ", "no_acc = gl.full([GROUP_ROWS, BLOCK_DV], 1.0, "
+        )
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changed = kernel.replace(
+        "from bi_inductor.runtime import attention_specialised",
+        "import wrong_attention as attention_specialised",
+    )
+    with pytest.raises(BatchInvarianceError, match="accumulator starts as arith"):
+        compile_offline({"triton_tem_fused_attention_0": changed})
 
 
 def test_query_length_that_is_only_known_at_run_time_splits_where_there_are_few():
     """Of many queries no chunk is stored, whose states would grow with them: one graph, whichever came first."""
     first, second = (kernels(full, *operands(2, 4, 2, q, 4096, 64), dynamic=True) for q in (3, 300))
-    assert list(first.kernels.values()) == list(second.kernels.values()) and len(first.kernels) == 3
-    assert all(f"attention.{core}(" in first.source for core in ("all_chunks", "one_chunk", "fold_chunks"))
+    assert list(first.kernels.values()) == list(second.kernels.values()) and len(first.kernels) == 4
+    cores = (
+        "attention.all_chunks",
+        "attention_specialised.attend",
+        "attention.one_chunk",
+        "attention.fold_chunks",
+    )
+    assert all(f"{core}(" in first.source for core in cores)
     launches = re.findall(r"tem_fused_attention_\d\.run\(.*, s\d+, (.*), 1, stream", first.source)
     queries = re.search(r"assert_size_stride.*\(2, 4, (s\d+), 64", first.source)[1]
-    for count, expected in ((16, [0, 4 * 8, 16 * 8]), (17, [4, 0, 0])):
+    for count, expected in ((16, [0, 0, 4 * 8, 16 * 8]), (17, [4, 0, 0, 0]), (256, [0, 16, 0, 0])):
         sizes = {queries: count, "min": min, "max": max}
         other = rf"\bs(?!{queries[1:]}\b)\d+\b"  # the number of keys
         programs = [eval(re.sub(other, "4096", text), {}, sizes) for text in launches]

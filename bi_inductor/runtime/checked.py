@@ -7,7 +7,10 @@ Emitted templates import this module in the place of ``triton_heuristics``, whos
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from torch._inductor.runtime import triton_heuristics
 from torch._inductor.runtime.hints import HeuristicType
@@ -37,6 +40,24 @@ class CheckedKernel(AssembledKernel):
         return result
 
 
+_GLUON = threading.RLock()
+
+
+class GluonKernel(CheckedKernel):
+    """Such a kernel in Gluon. Inductor names the class of Triton's sources, where Gluon has another."""
+
+    def _precompile_config(self, cfg: Config) -> Any:
+        from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+        stock = triton_heuristics.ASTSource
+
+        def source(fn: Any, *arguments: Any) -> Any:
+            return (GluonASTSource if isinstance(fn, GluonJITFunction) else stock)(fn, *arguments)
+
+        with _GLUON, mock.patch.object(triton_heuristics, "ASTSource", source):
+            return super()._precompile_config(cfg)
+
+
 def template(
     num_stages: int,
     num_warps: int,
@@ -44,18 +65,24 @@ def template(
     inductor_meta: dict[str, Any],
     filename: str | None = None,
     **_: Any,
-) -> Any:
+) -> Callable[[Any], Any]:
     """Decorator of emitted templates with one configuration, in the place of ``triton_heuristics.template``.
 
     With Inductor's ``profile_bandwidth`` they are checked and not profiled: its kernels are of another class.
     """
     inductor_meta["profile_bandwidth"] = None
-    return triton_heuristics.cached_autotune(
-        None,
-        [Config({}, num_warps=num_warps, num_stages=num_stages)],
-        triton_meta=triton_meta,
-        inductor_meta=inductor_meta,
-        heuristic_type=HeuristicType.TEMPLATE,
-        filename=filename,
-        caching_autotuner_cls=CheckedKernel,
-    )
+
+    def decorate(function: Any) -> Any:
+        is_gluon = getattr(function, "is_gluon", None)  # the interpreter's functions have none
+        decorator: Callable[[Any], Any] = triton_heuristics.cached_autotune(
+            None,
+            [Config({}, num_warps=num_warps, num_stages=num_stages)],
+            triton_meta=triton_meta,
+            inductor_meta=inductor_meta,
+            heuristic_type=HeuristicType.TEMPLATE,
+            filename=filename,
+            caching_autotuner_cls=GluonKernel if is_gluon and is_gluon() else CheckedKernel,
+        )
+        return decorator(function)
+
+    return decorate

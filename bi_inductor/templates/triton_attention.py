@@ -5,7 +5,8 @@ BLOCK_M rows of one key head: the queries of all heads that share it, position b
 are read once for the group. With few rows the chunks of keys are computed side by side, each by its own program, and
 joined from left to right by a second kernel; with many, one after the other. Both are the same sums. A graph that
 learns at run time how many queries there are has the kernels of both, and those that are not wanted are launched
-without a program, which Triton's launchers and Inductor's take for no launch.
+without a program, which Triton's launchers and Inductor's take for no launch. On Hopper many queries without a mask
+have a kernel of their own (``triton_attention_specialised.py``), with the same sums.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import empty, expand
+from torch._inductor.lowering import empty, empty_strided, expand
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn
 from torch._inductor.virtualized import V
@@ -28,6 +29,7 @@ from bi_inductor import contract
 from bi_inductor.attention_tiles import GRANULE
 from bi_inductor.templates.computed import Computed, ComputingKernel, Functions, computed, programmed
 from bi_inductor.templates.emission import Template, emit, realized
+from bi_inductor.templates.triton_attention_specialised import are_many, is_suited, specialised
 from bi_inductor.templates.triton_matmul import tf32_is_allowed
 
 
@@ -296,7 +298,7 @@ def attention(
     tiles = None if tiles is None else expand(tiles, [batch, key_heads, *tiles.get_size()[2:]])
     functions = functions_of(mask, score, "", captured, [batch, heads, queries, keys], query.get_device())
     in_memory = mask if functions.mask is None else None
-    operands = [x for x in (query, key, value, in_memory, tiles) if x is not None]
+    operands = [realized(x) for x in (query, key, value, in_memory, tiles) if x is not None]
     head_dim, value_dim = (V.graph.sizevars.guard_int(x.get_size()[-1]) for x in (query, value))
     dtype, device = query.get_dtype(), query.get_device()
     form = contract.attention_form(head_dim, value_dim, dtype, tf32=tf32_is_allowed())
@@ -341,10 +343,16 @@ def attention(
         inputs = [*states(chunk_total(keys, form), schedule), logsumexp]
         grid = [pairs, per_pair, 1]
         return _call(fold_template, inputs, [logsumexp], layout, grid, one_warp, fold), logsumexp
-    # 1 at run time if there turn out to be few rows: then the first of three kernels has no program, else the others.
+    # What is 1 at run time says which of up to four kernels have programs: those for few rows, or for many, or another.
+    is_plain = mask is None and functions.score is None and is_suited(operands, scale)
+    many = are_many(queries) if is_plain else 0
+    if many == 1:
+        out = empty_strided([*rows, value_dim], strides, dtype=dtype, device=device)
+        specialised(operands, logsumexp, out, form, is_causal, scale, many)
+        return out, logsumexp
     few = 0 if is_causal else _are_few(per_pair, pairs, keys, value_dim, form)
     constants = _constants(form, schedule, head_dim, value_dim, dtype, kind, functions, is_causal, scale)
-    grid = [pairs, per_pair * (1 - few), 1]
+    grid = [pairs, per_pair * (1 - few) * (1 - many), 1]
     inputs = [*operands, logsumexp]
     out = _call(
         whole_template,
@@ -355,8 +363,10 @@ def attention(
         schedule,
         constants,
         functions,
-        may_be_idle=few != 0,
+        may_be_idle=few != 0 or many != 0,
     )
+    if many != 0:
+        specialised(operands, logsumexp, out, form, is_causal, scale, many)
     if few != 0:
         short = _with_warps_for(functions, dataclasses.replace(schedule_for(FEW_ROWS, *sizes), split=True))
         inputs = [*states(chunk_total(keys, form) * few, short), logsumexp, out]

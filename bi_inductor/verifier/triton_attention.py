@@ -28,6 +28,12 @@ _CORES = {
         "GRANULE, HEIGHT"
     ),
 }
+#: The call of ``runtime/attention_specialised.py``, ``#`` for a size.
+_ATTEND = (
+    "attention_specialised.attend(Q, K, V, OUT, LSE, (#, #, #, D), (#, #, #, D), (#, #, #, DV), (#, #, #), (#, #, #), "
+    "(#, #, #), (#, #, #), PAIRS_A_SECTION, BLOCK_D, BLOCK_DV, BLOCK_N, BUFFERED_TILES, CAUSAL, SCALE, NEAR_CHUNK, "
+    "NEAR_CHUNKS, FAR_CHUNK)"
+)
 #: The functions that compute a mask and a score (``triton_computed.py``), where there are any.
 MASKS = ("0", "computed_mask")
 _SCORES = ("False, 0", "True, computed_score")
@@ -132,7 +138,8 @@ def _pattern(texts: list[str]) -> re.Pattern[str]:
 _PATTERNS = {
     name: _pattern([*_BOUND.get(name, []), *backward.BOUND.get(name, [])]) for name in _BOUND | backward.BOUND
 }
-_ALL_CORES = _CORES | backward.CORES
+_CALL = _pattern([_ATTEND])
+_ALL_CORES = {*_CORES, *backward.CORES, "attend"}
 #: What calls of ``runtime/attention.py`` an emitted kernel may make.
 CALLS = frozenset(["chunk_count", "chunk_start", "finish", "load_query", *_CORES]) - frozenset(_MAPS)
 MAP_CALLS = frozenset(_MAPS)
@@ -145,7 +152,7 @@ class AttentionProgram:
         self.kernel = kernel
         #: ("attention", ()) or ("attention gradient", ()) if the kernel was found to have a form of the certificate.
         self.retraced: set[tuple[str, Values]] = set()
-        rooms = ("attention", "attention_backward", "attention_map")
+        rooms = ("attention", "attention_backward", "attention_map", "attention_specialised")
         self.calls = [call for call in kernel.calls if dotted(call.func).split(".")[0] in rooms]
 
     def check(self) -> None:
@@ -154,6 +161,9 @@ class AttentionProgram:
         cores = [name for call in self.calls if (name := dotted(call.func).split(".")[1]) in _ALL_CORES]
         if len(cores) != 1:
             kernel.note("attention", self.calls[0], f"{len(cores)} calls for the sums of one program")
+        for call in self.calls:
+            if dotted(call.func).endswith(".attend") and not _CALL.fullmatch(self._plain(call)):
+                kernel.note("attention", call)
         for statement in kernel.statements:
             for name, value in assigned(statement):
                 if (

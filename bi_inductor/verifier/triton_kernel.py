@@ -30,6 +30,7 @@ CALLS: dict[str, frozenset[str]] = {
     "attention": ATTENTION_CALLS,
     "attention_backward": ATTENTION_BACKWARD_CALLS,
     "attention_map": MAP_CALLS,
+    "attention_specialised": frozenset(["attend"]),
     "draws": frozenset(["normal", "uniform"]),
     "ordered": frozenset("new_stack push_prod push_sum total_prod total_sum tree_prod tree_sum".split()),
     # Elementwise, and extrema (and any), which are exact in every order.
@@ -65,11 +66,13 @@ IMPORTS = frozenset(
         "from bi_inductor.runtime import attention",
         "from bi_inductor.runtime import attention_backward",
         "from bi_inductor.runtime import attention_map",
+        "from bi_inductor.runtime import attention_specialised",
         "from bi_inductor.runtime import checked as triton_heuristics",
         "from bi_inductor.runtime import draws",
         "from bi_inductor.runtime import ordered",
         "from bi_inductor.runtime import schedules as triton_heuristics",
         "from bi_inductor.runtime import tiles as triton_heuristics",
+        "from triton.experimental import gluon",
     ]
 )
 #: What makes numbers of sizes fp64; see ``codegen/triton_sizes.py``.

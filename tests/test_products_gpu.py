@@ -157,3 +157,13 @@ def test_gradients_of_experts():
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
     again = torch.autograd.grad(compiled(grouped, dynamic=True)(x, weight, ends), (x, weight), cotangent)
     assert all(same_bits(a, b) for a, b in zip(ours, again, strict=True))
+
+
+def test_an_element_that_is_looked_up_by_a_product_is_the_products_own():
+    def looked_up(a, b, table):
+        return table[(a @ b).clamp(0, 8).long()]
+
+    a, b = torch.arange(1.0, 6.0, device="cuda")[None, :], torch.full((5, 1), 0.125, device="cuda")
+    table = torch.arange(9.0, device="cuda") + 0.5
+    for _ in range(20):  # elements that do not exist would be written at the same time
+        assert same_bits(compiled(looked_up)(a, b, table), table[1:2, None])

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_lowering import kernel_sources, lower
 
 from bi_inductor import inspect, oracle
-from bi_inductor.interpreter import run_module
+from bi_inductor.interpreter import run_in_interpreter, run_module
 from bi_inductor.offline import CompiledKernel, compile_offline
 from bi_inductor.templates import triton_matmul
 from bi_inductor.templates.tile_table import Tile, candidates, tile_for
@@ -395,3 +395,16 @@ def test_table_is_used(monkeypatch):
     ((args, kwargs),) = seen
     assert args == (8, 4096, 1024, "bfloat16")
     assert kwargs["sm_count"] == 132 and kwargs["capability"] == 90 and kwargs["aligned"]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_element_that_is_looked_up_by_a_product_is_the_products_own(rows):
+    """Of a tile's 512 elements at most three exist, and the others, for which nothing is loaded, are not written."""
+    a, b = torch.arange(1.0, 6.0).expand(rows, 5).contiguous(), torch.full((5, 1), 0.125)
+
+    def looked_up(a: Tensor, b: Tensor, table: Tensor) -> Tensor:
+        return table[(a @ b).clamp(0, 8).long()]
+
+    table = torch.arange(9.0) + 0.5
+    found = run_in_interpreter(looked_up, a, b, table)
+    assert same_bits(found, torch.full((rows, 1), 1.5))

@@ -258,12 +258,6 @@ def consume(
 
 
 @gluon.jit
-def number(size):
-    """A size, which may be a constant, as an int32."""
-    return gl.to_tensor(size).to(gl.int32)
-
-
-@gluon.jit
 def tiles_of(base, sizes, strides, ROWS_A_TILE: gl.constexpr, BLOCK_D: gl.constexpr):
     """The descriptor of tiles of a tensor [B, H, S, D] whose elements of a row follow each other."""
     DTYPE: gl.constexpr = base.dtype.element_ty
@@ -305,10 +299,8 @@ def attend(
     fence_async_shared()
     buffers = (q_buffer, k_buffer, v_buffer)
     barriers = (q_full, q_empty, k_full, v_full, k_empty, v_empty)
-    # Places are int32 wherever addresses are int64 too.
-    batch, heads, queries = number(q_sizes[0]), number(q_sizes[1]), number(q_sizes[2])
-    sizes = (heads, heads // number(k_sizes[1]), queries, number(k_sizes[2]), pairs_a_section)
-    work = batch * heads * gl.cdiv(queries, ROWS)
+    sizes = (q_sizes[1], q_sizes[1] // k_sizes[1], q_sizes[2], k_sizes[2], pairs_a_section)
+    work = q_sizes[0] * q_sizes[1] * gl.cdiv(q_sizes[2], ROWS)
     common = (out, lse, out_strides, buffers, barriers, work, sizes, v_sizes[3])
     gl.warp_specialize(
         [

@@ -28,6 +28,7 @@ class TemplateKernel(TritonTemplateKernel):
     numbers of an epilogue are drawn by position, and that run-time sizes are int64 whenever addresses are (2.11: not).
     """
 
+    _is_loading = False
     kexpr = staticmethod(SizePrinter().doprint)
     overrides = triton_ops.TritonOps  # type: ignore[assignment]
 
@@ -43,6 +44,22 @@ class TemplateKernel(TritonTemplateKernel):
             for entry in self.range_tree_nodes.values():
                 entry.cache_clear()
             yield
+
+    def load(self, name: str, index: sympy.Expr) -> Any:
+        self._is_loading = True
+        try:
+            return super().load(name, index)
+        finally:
+            self._is_loading = False
+
+    def indexing(self, index: sympy.Expr, *arguments: Any, **options: Any) -> Any:
+        """An output of one element has the mask of its tile too, which Inductor gives to none at a constant address:
+        a tile's other elements would be written there, of which an epilogue may have loaded nothing."""
+        found = super().indexing(index, *arguments, **options)
+        is_constant = isinstance(found, IndexingOptions) and not found.mask_vars
+        if self._is_loading or not is_constant or self.template_mask in (None, "None"):
+            return found
+        return dataclasses.replace(found, mask_vars=OrderedSet([self.template_mask]))
 
     @property
     def index_dtype(self) -> str:
@@ -66,15 +83,6 @@ class ProductKernel(TemplateKernel):
     What an epilogue reads by the column alone, or by the row, is loaded and computed once for each, not for each
     element: the 1 / sqrt(variance) of a batch norm made 320 KB of code of a tile of 64 x 256, which spilled.
     """
-
-    _is_loading = False
-
-    def load(self, name: str, index: sympy.Expr) -> Any:
-        self._is_loading = True
-        try:
-            return super().load(name, index)
-        finally:
-            self._is_loading = False
 
     def indexing(self, index: sympy.Expr, *arguments: Any, **options: Any) -> Any:
         found = super().indexing(index, *arguments, **options)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
+from torch._inductor.codegen.triton import TritonScheduling
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import SymbolicGridFn
+from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv, Max, Min
 
@@ -96,13 +98,16 @@ def is_suited(operands: Sequence[Any], scale: float) -> bool:
     query, _, value = operands
     if is_interpreted() or V.graph.cpp_wrapper:
         return False
-    widths = [int(V.graph.sizevars.guard_int(x.get_size()[-1])) for x in (query, value)]
+    *rows, head_dim = query.get_size()
+    value_dim = value.get_size()[-1]
+    elements = sympy_product([*rows, Max(head_dim, value_dim)])
     return (
         DeviceProperties.create(query.get_device()).major == 9
         and query.get_dtype() in (torch.bfloat16, torch.float16)
-        and all(32 < width <= 128 for width in widths)
+        and all(32 < V.graph.sizevars.guard_int(width) <= 128 for width in (head_dim, value_dim))
         and 0 < scale < math.inf
         and all(_suits_tma(x) for x in operands)
+        and TritonScheduling.can_use_32bit_indexing(elements, operands)
     )
 
 
@@ -142,7 +147,7 @@ def specialised(
     query, key, value = operands
     batch, heads, queries, head_dim = query.get_size()
     key_heads, keys = key.get_size()[1:3]
-    value_dim = value.get_size()[-1]
+    head_dim, value_dim = (V.graph.sizevars.guard_int(x) for x in (head_dim, value.get_size()[-1]))
     device = query.get_device()
     hints = V.graph.sizevars.optimization_hints([batch, heads, key_heads, keys, head_dim + value_dim])
     row_bytes = hints[4] * query.get_dtype().itemsize
@@ -160,8 +165,8 @@ def specialised(
         may_be_idle=True,
         PAIRS_A_SECTION=pairs_a_section,
         SM_COUNT=_sm_count(device),
-        D=int(head_dim),
-        DV=int(value_dim),
+        D=head_dim,
+        DV=value_dim,
         BLOCK_D=64 if head_dim <= 64 else 128,
         BLOCK_DV=64 if value_dim <= 64 else 128,
         BLOCK_N=form.tile,

@@ -16,6 +16,8 @@ from .syntax import KernelSyntax, assigned, dotted
 
 #: A size or a stride: arithmetic on integers and arguments of the kernel.
 _SIZE = r"[\w\s()*+/<>=-]+"
+#: A number among sizes that are int64, as torch 2.14 writes it.
+_CONSTANT = re.compile(r"tl\.full\(\[\], -?\d+, dtype=INDEX_DTYPE\)")
 _CORES = {
     "all_chunks": "q, k_and_v, mask_and_rows, full, end, KEYS, SHAPE, SCORES, CHUNKS, STAGES",
     "one_chunk": "q, k_and_v, mask_and_rows, low, full, high, KEYS, SHAPE, SCORES, STAGES",
@@ -189,10 +191,10 @@ class AttentionProgram:
             kernel.note("attention", kernel.assignments["full"], f"CAUSAL = {causal}")
 
     def _plain(self, value: ast.expr) -> str:
-        """The text of ``value`` with a name for each quotient of sizes that is written as a call."""
-        text = self.kernel.text(value)
+        """The text of ``value`` with a name for each size, or quotient of sizes, that is written as a call."""
+        text = _CONSTANT.sub("size", self.kernel.text(value))
         for call in filter(_is_quotient, ast.walk(value)):  # outer ones first
-            text = text.replace(self.kernel.text(call), "size")
+            text = text.replace(_CONSTANT.sub("size", self.kernel.text(call)), "size")
         return text
 
     def check_lengths(self, forms: Forms, arguments: Names) -> None:

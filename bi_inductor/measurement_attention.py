@@ -18,6 +18,8 @@ from . import contract
 #: Element types of a kernel's signature -> torch's names.
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "i1": "bool", "u1": "bool"}
 _CONSTANT = re.compile(r"^ +(\w+) ?: tl\.constexpr = (.+)$", re.MULTILINE)
+#: A kernel with the sums of attention; of those with warps of two kinds no doctor has runs.
+_SUMS = re.compile(r"attention\.(?:one_chunk|all_chunks)\(|attention_specialised\.attend\(")
 _LAUNCH = re.compile(r"^(num_\w+)=(\d+)", re.MULTILINE)
 _ARGUMENT = re.compile(r"'(arg_\w+)': '\*(\w+)'")
 #: Operands of a template are places in its arguments; several can be in one, as in a projection to q, k and v.
@@ -67,7 +69,7 @@ def run_of(kernels: Sequence[str], form: str) -> AttentionRun | None:
 
     ``form``: of the op. The kernel that joins chunks belongs to every split schedule and has no freedom of its own.
     """
-    sums = [text for text in kernels if re.search(r"attention\.(?:one_chunk|all_chunks)\(", text)]
+    sums = [text for text in kernels if _SUMS.search(text)]
     folds = [text for text in kernels if "attention.fold_chunks(" in text]
     split = len(sums) == 1 and "attention.one_chunk(" in sums[0]
     if len(sums) != 1 or len(folds) != split:

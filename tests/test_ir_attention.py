@@ -281,3 +281,10 @@ def test_another_order_is_not_the_form(name, short_chunks, monkeypatch):
     monkeypatch.setattr(attention, *CORRUPTIONS[name])
     proof = proof_of(full, operands(1, 2, 96), SCHEDULES[0])
     assert not proof.proven and proof.wrong
+
+
+def test_warps_of_two_kinds_are_verified_in_source_and_not_followed():
+    operands = (torch.empty(1, 64, 300, 64, dtype=torch.bfloat16) for _ in range(3))
+    (made,) = certify(F.scaled_dot_product_attention, *operands, ir=True, batch_dim=None).certificates
+    (attention_entry,) = [entry for entry in made.entries if entry.form]
+    assert attention_entry.level == Level.SOURCE.value

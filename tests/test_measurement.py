@@ -346,3 +346,17 @@ def test_a_kernel_of_several_layers_speaks_for_each(few_rows):
         measured = Measurement.from_json(written(results=results))
         made = certify(layers, *heads(1, 600), batch_dim=None, measured=measured)
         assert [entry.level for entry in made.certificates[0].entries if entry.form] == [level.value] * 3
+
+
+def test_no_doctor_ran_a_graph_with_warps_of_two_kinds():
+    """Of its kernels the one for fewer queries is among a doctor's; the other is not."""
+    (graph,) = inspect(
+        functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True),
+        *(torch.empty(1, 64, 300, 64, dtype=torch.bfloat16) for _ in range(3)),
+        dynamic=True,
+    ).graphs
+    (entry,) = [entry for entry in graph.certificate.entries if "attention" in entry.op]
+    kernels = [text for text in graph.kernels.values() if "attention" in text]
+    one_kind, two_kinds = kernels
+    assert "attend(" in two_kinds and run_of([one_kind], entry.form) is not None
+    assert run_of(kernels, entry.form) is None and run_of([two_kinds], entry.form) is None

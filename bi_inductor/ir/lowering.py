@@ -99,7 +99,7 @@ def _captured(autotuner: Any, config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _texts(source: Any, options: dict[str, Any], device: VirtualDevice) -> tuple[str, str]:
-    """TTIR and TTGIR."""
+    """TTIR and TTGIR; Gluon has no TTIR."""
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
@@ -115,7 +115,7 @@ def _texts(source: Any, options: dict[str, Any], device: VirtualDevice) -> tuple
     stages: dict[str, Any] = {}
     backend.add_stages(stages, parsed, source.language)
     metadata = {"target": target, **parsed.__dict__}
-    ttir = str(stages["ttir"](module, metadata))
+    ttir = str(stages["ttir"](module, metadata)) if "ttir" in stages else ""
     return ttir, str(stages["ttgir"](module, metadata))
 
 

@@ -78,6 +78,8 @@ class ModuleRun:
         try:
             if name in self.left_out:
                 raise UnsupportedError(self.left_out[name])
+            if not lowered.ttir:
+                raise UnsupportedError("Gluon is not followed yet")
             self.used[name] = lowered.shown
             self._execute(lowering, lowered, args, kwargs)
         except (UnsupportedError, UnreadableError) as error:
@@ -105,7 +107,7 @@ class ModuleRun:
         """Everything that the kernel may have written is unknown now."""
         names = lowering.autotuner.fn.arg_names
         for name, value in zip(names, args, strict=False):
-            if isinstance(value, Tensor) and "out" in name:
+            if isinstance(value, Tensor) and ("out" in name.lower() or name == "arg_LSE"):
                 memory = _pointer(value).memory
                 memory[:] = [
                     self.terms.one("unknown", len(self.unknown), name, k) for k in range(len(memory))

@@ -185,6 +185,7 @@ def test_many_queries_have_warps_of_two_kinds_on_hopper_without_stack(head_dim, 
     assert not kernel.spills and kernel.num_warps == 12
 
 
+@pytest.mark.lengthy
 def test_others_have_warps_of_one_kind():
     q, k, v = operands(1, 64, 32, 300, 300, 64)
     long = torch.empty((1, 64, 1 << 19, 128), dtype=torch.bfloat16, device="meta")  # addresses are int64

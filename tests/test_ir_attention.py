@@ -283,6 +283,7 @@ def test_another_order_is_not_the_form(name, short_chunks, monkeypatch):
     assert not proof.proven and proof.wrong
 
 
+@pytest.mark.lengthy
 def test_warps_of_two_kinds_are_verified_in_source_and_not_followed():
     operands = (torch.empty(1, 64, 300, 64, dtype=torch.bfloat16) for _ in range(3))
     (made,) = certify(F.scaled_dot_product_attention, *operands, ir=True, batch_dim=None).certificates

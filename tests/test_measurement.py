@@ -348,6 +348,7 @@ def test_a_kernel_of_several_layers_speaks_for_each(few_rows):
         assert [entry.level for entry in made.certificates[0].entries if entry.form] == [level.value] * 3
 
 
+@pytest.mark.lengthy
 def test_no_doctor_ran_a_graph_with_warps_of_two_kinds():
     """Of its kernels the one for fewer queries is among a doctor's; the other is not."""
     (graph,) = inspect(

@@ -200,6 +200,20 @@ def test_others_have_warps_of_one_kind():
         assert "attention.all_chunks(" in found.source and "attend(" not in found.source
 
 
+@pytest.mark.lengthy
+def test_warps_of_two_kinds_in_training_where_all_sizes_are_symbols():
+    """The width of a head is one of them until a kernel asks."""
+
+    def layer(x, weight):
+        q, k, v = (x @ weight).view(2, -1, 12, 128).split([8, 2, 2], 2)
+        return causal(*(each.transpose(1, 2) for each in (q, k, v))).relu()
+
+    x = torch.randn(2, 600, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(64, 1536, dtype=torch.bfloat16, requires_grad=True)
+    found = inspect(layer, x, weight, dynamic=True, backward=True).kernels.values()
+    assert sum("attention_specialised.attend(" in text for text in found) == 1
+
+
 def test_wrong_sums_of_warps_of_two_kinds_are_refused(monkeypatch, tmp_path):
     """A sum that starts from ones in the place of zeros is found in what Triton's passes left of the kernel."""
     source = (Path(triton_attention.__file__).parents[1] / "runtime" / "attention_specialised.py").read_text()

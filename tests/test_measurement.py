@@ -246,7 +246,7 @@ def attend_itself(x):
 VISIBLE = torch.ones(1, 600, dtype=torch.bool)
 MEASURED = {
     "decoding": (attend, *heads(1, 600)),
-    "prefill": (lambda *x: attend(*x, causal=True), *heads(600, 600)),
+    "prefill": (lambda *x: attend(*x, causal=True), *heads(200, 200)),
     "prefill of few keys": (lambda *x: attend(*x, causal=True), *heads(100, 100)),
     "one projection": (attend_itself, torch.randn(2, 100, 3 * 8 * 64).bfloat16()),
     "bools": (attend, *heads(1, 600), VISIBLE),
@@ -257,6 +257,7 @@ MEASURED = {
     "fp32": (attend, *heads(64, 64, dtype=torch.float32)),
 }
 UNKNOWN_TO_DOCTORS = {
+    "prefill by warps of two kinds": (lambda *x: attend(*x, causal=True), *heads(600, 600)),
     "floats with a scale that rounds": (attend, *heads(1, 600, width=128), VISIBLE.bfloat16()),
     "head dim 63": (attend, *heads(1, 600, width=63)),
     "values of another width": (attend, *heads(1, 600)[:2], torch.randn(2, 2, 600, 128).bfloat16()),

@@ -4,6 +4,7 @@ The caches are set before torch is imported. A run that shared a cache with an e
 code that an older checkout generated; workers of pytest-xdist each import this file, so each has its own.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -34,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two threads even on one core: with one, a loop that is parallel where it must not be does not show.
     torch.set_num_threads(2)
     config.stash[_GPU_DESELECTED] = 0
+    # A compile makes a hundred thousand small objects and drops them uncollected by count; torch's own modules, which
+    # are never dropped, would be walked each time that Python looks for cycles among them.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    # Dynamo times each guard once more for its debug log, behind a flush of the CPU's caches.
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -222,6 +222,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("width", "dtype", "target"), [case for case in COMPILED if case[2] in TARGETS], ids=str
 )

@@ -296,6 +296,7 @@ def test_cubins(target):
             assert 0 < kernel.registers <= 255 and kernel.stack_bytes <= 512, str(kernel)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("target", "shared"), [("sm_80", 163 << 10), ("sm_90", 227 << 10)])
 def test_latent_heads_fit(target, shared):
     for fn, queries in ((causal, 300), (full, 1)):

@@ -322,6 +322,7 @@ def test_gradients_of_weights_add_rows_and_those_of_inputs_do_not():
     assert by_dim[0] == set() and by_dim[None] <= {"aten.mm.default", "aten.sum.dim_IntList"}
 
 
+@pytest.mark.lengthy
 def test_what_a_backward_reads_is_known_from_its_forward(monkeypatch):
     """Statistics of the batch have no rows to be seen by: that rows are mixed in them, only the forward shows."""
     model, x = nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(8)), torch.randn(5, 64, requires_grad=True)

@@ -85,6 +85,7 @@ def test_a_refusal_is_an_object_too(steps, capsys):
     assert code == 1 and out == ""
 
 
+@pytest.mark.lengthy
 def test_check_counts_rows_and_names_the_op(steps, capsys):
     code, out, _ = run(capsys, "check", f"{steps}:step", "--batch", "1,9", "--json")
     report = json.loads(out)

@@ -67,6 +67,7 @@ def test_rows_do_not_depend_on_the_batch(device, name):
     bi_inductor.assert_batch_invariant(call, x, batches=BATCHES)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_input_gradients_do_not_depend_on_the_batch(device):
     w = random_rows(8, 8, 3, 3, device=device, seed=1)

@@ -118,6 +118,7 @@ def test_what_eager_cannot_do_here_is_no_error():
     assert result.verdict == "uncaptured" and result.reason.startswith("eager fails too: ")
 
 
+@pytest.mark.lengthy
 def test_a_crash_is_an_error_and_the_table_goes_on(monkeypatch):
     results = list(coverage_pool.judged(["no such op", "sin"], Settings(samples=1, lower_only=True), 300))
     assert [r.verdict for r in results] == ["ERROR", "invariant"] and "KeyError" in results[0].reason
@@ -144,6 +145,7 @@ def test_a_process_whose_gpu_has_failed_is_replaced(fails, monkeypatch):
     assert worker.judge("sin", 1) is answer and stopped == [True] * fails
 
 
+@pytest.mark.lengthy
 def test_the_command_resumes_and_writes(tmp_path, capsys):
     written, table = tmp_path / "results.jsonl", tmp_path / "table.md"
     known = OpResult("cos", "cpu", ())

@@ -141,6 +141,7 @@ def test_a_zero_total_is_positive() -> None:
         assert same_bits(compiled(lambda x: x.sum(-1), x, schedule=schedule), torch.zeros(3))
 
 
+@pytest.mark.lengthy
 def test_rows_are_not_disturbed() -> None:
     """All rows of layer norm, softmax and sums, for batches on both sides of vectors and threads."""
     rows = torch.randn(257, 100, generator=torch.Generator().manual_seed(1)) * 3

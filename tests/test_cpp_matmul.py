@@ -293,6 +293,7 @@ def test_static_and_dynamic_graphs_agree() -> None:
                 assert_same(linear(x[:rows], w), expected[:rows], (dynamic, first, rows))
 
 
+@pytest.mark.lengthy
 def test_views_repeats_and_gradients_in_one_graph() -> None:
     """x @ x.T reads one buffer twice; a product feeds products; views of intermediates are operands."""
 
@@ -326,6 +327,7 @@ def test_the_gradients_of_a_linear_are_chains_too() -> None:
     assert_same(w.grad, chain(cotangent.t(), x.detach()), "gradient of the weight")
 
 
+@pytest.mark.lengthy
 def test_a_warm_cache_in_another_process_gives_the_same_bits(tmp_path) -> None:
     program = """
         import torch

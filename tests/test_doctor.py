@@ -92,6 +92,7 @@ def test_kinds_side_by_side_give_what_they_give_one_after_the_other(capsys):
     assert "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ
 
 
+@pytest.mark.lengthy
 def test_an_error_of_a_worker_keeps_its_parts():
     with pytest.raises(BatchInvarianceError) as caught:
         command.examine_all(["a", "refused"], length, workers=2)

@@ -46,6 +46,7 @@ def test_a_matrix_does_not_see_the_batch(device):
     bi_inductor.assert_batch_invariant(over_batches(few), a, b, batches=(1, 2, 9))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("matrix", [torch.zeros(2, 3, 3), torch.eye(3)], ids=["singular", "regular"])
 def test_a_singular_matrix_is_an_error_where_it_is_one_for_stock(matrix):
     """AOTAutograd of torch 2.11 drops the check for every backend."""

@@ -70,6 +70,7 @@ def test_tiles_and_dynamic_shapes_have_no_say():
             assert same_bits(run_in_interpreter(grouped, a, b, ends), reference), tile
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_ignores_its_neighbours_and_its_place(device):
     """Tokens sorted by expert, as a mixture of experts has them: alone, few or many, the bits are those of mm."""
@@ -91,6 +92,7 @@ def test_a_row_ignores_its_neighbours_and_its_place(device):
     assert same_bits(product(poisoned[order], weight, ends)[kept], expected[order][kept])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_are_grouped_products(device):
     a, weight = rows(40, 72).to(device).requires_grad_(), rows(3, 24, 72, seed=1).to(device).requires_grad_()
@@ -113,6 +115,7 @@ def test_gradients_are_grouped_products(device):
         assert ((gradients[1][expert].double() - exact).abs() <= 2e-2 * scale).all()
 
 
+@pytest.mark.lengthy
 def test_the_ops_of_transformers_are_grouped_products():
     import transformers.integrations.moe  # noqa: F401  registers the ops
 
@@ -146,6 +149,7 @@ def test_no_rows():
         assert result.shape == (0, 24)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_cubins(target):
     family = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[target]

@@ -214,6 +214,7 @@ def test_cpu_target_shows_cpp():
     assert "triton" not in "".join(inspection.kernels.values())
 
 
+@pytest.mark.lengthy
 def test_what_is_inspected_stays_as_it_was():
     model, x = Block(), torch.randn(3, WIDTH, requires_grad=True)
     state = copy.deepcopy(model.state_dict())
@@ -390,5 +391,6 @@ else:
 """
 
 
+@pytest.mark.lengthy
 def test_without_triton():
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)

@@ -137,6 +137,7 @@ def scores(dtype, *mask):
     return [R(1, 2, 9, 16).to(dtype), R(1, 2, 12, 16).to(dtype), R(mask).to(dtype)]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("fn", "inputs"),
     [
@@ -205,6 +206,7 @@ MASKED = [
 ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("case", MASKED, ids=["decoding", "prefill", "prefill of fp32"])
 def test_masked_scores_start_from_zero(case):
     proof = proof_of(attention_graph(*case))

@@ -43,6 +43,7 @@ def exact(x):
     return [layer(F.scaled_dot_product_attention, row.double()[None], True)[0] for row in x.unbind()]
 
 
+@pytest.mark.lengthy
 def test_it_is_attention_of_each_sequence():
     """In one graph for all packs; the sums are those of ``varlen.py``, whose tests compare their bits."""
     attend = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -153,6 +153,7 @@ def test_encoder_layer_in_eval_mode(name, masked):
     torch.testing.assert_close(fused, training)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ENCODER_OPTIONS)
 def test_inference_and_training_compute_the_same_ops_at_every_batch(name):
     layer = encoder_layer(**ENCODER_OPTIONS[name])

@@ -39,6 +39,7 @@ def test_reductions_compile_to_cubins(name, target):
             assert not kernel.spills, str(kernel)
 
 
+@pytest.mark.lengthy
 def test_training_compiles_to_cubins_and_says_what_it_takes():
     inspection = inspect(Block().bfloat16(), torch.randn(64, WIDTH).bfloat16(), backward=True)
     compiled = compile_offline(inspection)
@@ -49,6 +50,7 @@ def test_training_compiles_to_cubins_and_says_what_it_takes():
         assert needs["spills"] is kernel.spills is False and needs["shared_bytes"] == kernel.shared_bytes
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("columns", [640, 616])
 def test_a_product_of_one_step_fits_the_shared_memory(columns):
     """Scores of heads of 64 elements, in fp32: with more stages than steps four tiles took more than a block may."""

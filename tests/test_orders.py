@@ -132,6 +132,7 @@ def test_the_accumulator_is_found(accumulator):
     assert found == chain(9) and found.accumulator == str(accumulator).removeprefix("torch.")
 
 
+@pytest.mark.lengthy
 def test_a_mean_and_an_output_of_few_bits_are_no_obstacle():
     for terms in (100, 128):
         found = reveal_order(lambda x: (chain(x.numel()).add(x, torch.float32) / x.numel()).bfloat16(), terms)
@@ -245,6 +246,7 @@ def test_arguments_that_do_not_fit_are_refused(arguments, words):
 # What is found in compiled kernels.
 
 
+@pytest.mark.lengthy
 def test_compiled_sums_are_the_contracts_tree_at_every_batch():
     total = compiled(lambda x: x.sum(-1), dynamic=True)
     for terms in LENGTHS:
@@ -261,6 +263,7 @@ def test_compiled_sums_of_other_dtypes_are_the_contracts_tree(dtype):
     assert found == tree_of(form) and found.accumulator == form.accumulator
 
 
+@pytest.mark.lengthy
 def test_compiled_column_sums_and_means_are_the_contracts_tree():
     columns = compiled(lambda x: x.sum(0))
     mean = compiled(lambda x: x.mean(-1))
@@ -288,6 +291,7 @@ def test_a_compiled_product_of_a_thousand_terms_is_a_chain():
     assert rows == chain(1000)
 
 
+@pytest.mark.lengthy
 def test_a_compiled_attention_row_is_a_chain_at_every_batch():
     attention = compiled(F.scaled_dot_product_attention)
     for batch, queries in ((1, 1), (3, 5)):

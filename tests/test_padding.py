@@ -24,6 +24,7 @@ def gradient(padded, x, upstream):
     return torch.autograd.grad(padded, x, upstream.expand_as(padded))[0]
 
 
+@pytest.mark.lengthy
 def test_gradients_are_eagers():
     def padded(*xs):
         return [F.pad(x, pad, mode="replicate") for x, (_, pad) in zip(xs, PADS.values(), strict=True)]
@@ -45,6 +46,7 @@ def test_an_edge_is_the_oracles_tree():
     assert same_bits(found[..., 1:-1], upstream[..., 7:-12])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_do_not_see_the_batch(device):
     def padded(x):

@@ -172,6 +172,7 @@ def test_dropout_between_layers_is_drawn_by_slot():
     assert not torch.equal(outputs[31], layer.eval()(x)[0].transpose(0, 1))
 
 
+@pytest.mark.lengthy
 def test_layers_are_generated_for_a_gpu():
     layer, x = nn.LSTM(16, 32, batch_first=True).bfloat16(), torch.randn(8, 5, 16).bfloat16()
     found = bi_inductor.inspect(layer, x, target="sm_90", backward=True)

@@ -202,6 +202,7 @@ def test_a_small_tile_would_be_of_another_family():
 # The CPU, and what is refused
 
 
+@pytest.mark.lengthy
 def test_the_cpu_product_is_one_chain():
     a, b = operands(70, 48, 304)
     product = compiled(scaled(FP32), dynamic=True)

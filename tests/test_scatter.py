@@ -41,6 +41,7 @@ def test_sums_equal_the_oracle(device, dtype):
             assert same_bits(call(base, rows, values), expected), (dynamic, count)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_spellings_of_a_sum_are_one(device):
     base, rows = random_rows(7, 5, device=device), rows_to(7, 60, device)
@@ -75,6 +76,7 @@ def test_a_row_does_not_see_the_batch(device):
     bi_inductor.assert_batch_invariant(over_batches(within_rows), values, places, batches=(1, 2, 7, 16))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "amin", "mean"])
 def test_scatter_reduce_equals_eager_where_the_order_cannot_matter(reduce):
     """Powers of two (prod), small integers (the others): every order gives the exact result."""
@@ -197,6 +199,7 @@ def test_a_language_model_trains(device):
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
 
 
+@pytest.mark.lengthy
 def test_a_language_model_of_any_length_is_generated_for_a_gpu():
     """Its norm has batch * (length - 1) rows, which torch writes in two ways; torch 2.11 takes them for two sizes."""
     _, loss, tokens = language_model("cpu")

@@ -115,6 +115,7 @@ def test_what_has_no_program(score_mod, captured):
     assert programs_of(torch.fx.symbolic_trace(score_mod), query, fakes) is None
 
 
+@pytest.mark.lengthy
 def test_the_op_with_a_program():
     """As PyTorch checks ops; its gradient is that of the plain ops, and so is the gradient of that."""
     forward, derivative = programs("alibi")
@@ -143,6 +144,7 @@ def test_gradients_of_what_a_program_reads(name):
     torch.testing.assert_close(torch.autograd.grad(fn(*leaves), leaves, grad), expected)
 
 
+@pytest.mark.lengthy
 def test_what_needs_a_gradient_changes_no_bit_of_the_result():
     """The forward is the same kernel, and so are the gradients of queries, keys and values."""
     forward, derivative = programs("alibi")

@@ -95,6 +95,7 @@ def test_logcumsumexp_of_infinities_is_eagers():
     )
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bags_of_embeddings(mode):
     """Each bag is a tree over its words; the gradient is a tree over the places where a word occurs."""

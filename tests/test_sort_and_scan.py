@@ -70,6 +70,7 @@ def test_topk_takes_the_first_of_equals(device, largest):
     assert torch.equal(indices.cpu(), order[:, :9])
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_rows_of_a_router_do_not_see_the_batch(device):
     def route(x):
@@ -81,6 +82,7 @@ def test_the_rows_of_a_router_do_not_see_the_batch(device):
     )
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_scans_equal_the_oracle(device, dynamic):
@@ -98,6 +100,7 @@ def test_scans_equal_the_oracle(device, dynamic):
         assert same_bits(products, oracle.scan(factors, "prod"))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_prefix_does_not_depend_on_what_follows(device):
     call = compiled(lambda x: x.cumsum(-1), dynamic=True)
@@ -119,6 +122,7 @@ def test_integer_scans_are_exact():
     assert torch.equal(sums, x.cumsum(-1)) and torch.equal(counts, mask.cumsum(0))
 
 
+@pytest.mark.lengthy
 def test_gradient_of_a_scan():
     x = random_rows(3, 50).requires_grad_()
     upstream = random_rows(3, 50, seed=1)
@@ -154,6 +158,7 @@ def test_without_the_mask_of_a_load_from_registers_it_has(monkeypatch):
     assert lost == (torch.__version__ < "2.14")
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_fused_with_a_scan_has_the_oracles_bits(device, dynamic):
@@ -164,6 +169,7 @@ def test_what_is_fused_with_a_scan_has_the_oracles_bits(device, dynamic):
         assert same_bits(found.cpu(), oracle.var_mean(oracle.scan(x.cpu()), -1)[0]), length
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradient_of_a_product_scan_is_right(device):
     x = (1 + random_rows(40, 16, seed=2) / 64).to(device)

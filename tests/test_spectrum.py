@@ -17,6 +17,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_are_eagers_up_to_rounding(name):
     x = random_rows(3, 30)

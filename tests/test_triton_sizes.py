@@ -31,6 +31,7 @@ def test_static_and_dynamic_graphs_agree(length):
     assert same_bits(dynamic[0], x * (1 / length))
 
 
+@pytest.mark.lengthy
 def test_quotients_are_computed_in_fp64():
     graph = inspect(scaled, torch.randn(5, 999), target="sm_90", dynamic=True)
     assert f"({FP64_ONE} * (1) / (ks0))" in graph.source

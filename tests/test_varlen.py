@@ -72,6 +72,7 @@ def test_a_document_has_the_bits_it_has_alone(device):
                 assert length == 0 or same_bits(rows, expected[length][number])
 
 
+@pytest.mark.lengthy
 def test_the_values_are_those_of_a_softmax():
     """Of rows that no document has, zeros."""
     query, key, value = (torch.cat(documents((7, 3, 2), HEADS, i)) for i in range(3))

@@ -612,6 +612,7 @@ SPREAD = {
 }
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("target", ["sm_90", "cpu"])
 def test_no_false_alarm(target):
     """All of it is also verified as it is generated: ``inspect`` would raise."""

@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    if not torch.cuda.is_available():  # each worker has a core: no pool of processes that compile beside it
+        torch._inductor.config.compile_threads = 1
     # Dynamo times each guard once more for its debug log, behind a flush of the CPU's caches.
     torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 

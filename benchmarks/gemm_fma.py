@@ -1,13 +1,14 @@
 """fp32 products by FMAs in Gluon, as a kernel of its own: how far the chain is from cuBLAS without tensor cores.
 
-    python benchmarks/gemm_fma.py --out benchmarks/results/gemm_fma.csv    # three minutes
+    python benchmarks/gemm_fma.py --out benchmarks/results/gemm_fma.csv    # a minute
 
     out[m, n] = (((0 + a[m, 0] b[0, n]) + a[m, 1] b[1, n]) + ...), k ascending, each step one FMA
 
 as in the template's ``tl.dot`` of fp32 operands; ``chain`` says whether the bits are the template's. Triton's own
 layouts for such a product read shared memory element by element, up to 32 threads from one bank, for a tile of 4 x 4
-per thread. Here K is kept in pieces of four, [K / 4, rows, 4], copied by cp.async: threads beside each other have rows
-beside each other, each reads 16 bytes, no two threads one bank, and tiles per thread are as large as registers allow.
+per thread. Here threads beside each other have rows beside each other, each reads 16 bytes along K, tiles are
+swizzled so that no two of them need one bank, and a thread's outputs are as many as registers allow.
+
 Weights are [N, K] as a linear layer stores them. ``price`` is the time over torch.mm's, IEEE fp32 too.
 """
 

@@ -8,6 +8,7 @@ import torch
 from devices import DEVICES, compiled, over_batches
 
 import bi_inductor
+from bi_inductor.decompositions import decompositions
 from bi_inductor.testing import same_bits
 
 ORDERS = (0, 1, 2, 5)
@@ -32,6 +33,17 @@ def test_values_are_those_of_mathematics(dtype):
         exact = [mpmath.polygamma(n, mpmath.mpf(value)) for value in x.tolist()]
         errors = [abs(v - e) / max(abs(e), 1) for v, e in zip(values.tolist(), exact, strict=True)]
         assert max(errors) <= 16 * torch.finfo(dtype).eps, (n, x[errors.index(max(errors))])
+
+
+@pytest.mark.parametrize("n", [12, 25, 120, 700])
+def test_high_orders(n):
+    rule = decompositions()[torch.ops.aten.polygamma.default]
+    x = torch.tensor([0.75, 3.0, 40.0, -1.3], dtype=torch.float64)
+    if n > 170:  # n! is no number of fp64
+        assert not rule(n, x).isfinite().any()
+        return
+    exact = torch.tensor([float(mpmath.polygamma(n, value)) for value in x.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(rule(n, x), exact, rtol=1e-13, atol=0)
 
 
 def test_poles_and_what_is_no_number():

@@ -45,9 +45,9 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 def _power(x: Tensor, n: int) -> Tensor:
     """``x ** n`` by squaring, n >= 1."""
-    half = _power(x, n // 2) if n > 1 else None
-    if half is None:
+    if n == 1:
         return x
+    half = _power(x, n // 2)
     return half * half * x if n % 2 else half * half
 
 
@@ -91,10 +91,11 @@ def _psi_n(n: int, x: Tensor) -> Tensor:
 
 
 def _as_float(n: int) -> float:
-    return float(n) if n.bit_length() < 1024 else math.inf
+    infinity = math.inf if n > 0 else -math.inf
+    return float(n) if n.bit_length() < 1024 else infinity
 
 
-def _derivative_of_cotangent(n: int) -> list[int]:
+def _derivative_of_cotangent(n: int) -> list[float]:
     """(d/dx)**n cot(pi x) / pi**n as a polynomial in c = cot(pi x): c' = -pi (1 + c**2).
 
     All its coefficients have one sign, and every second is 0.
@@ -103,7 +104,7 @@ def _derivative_of_cotangent(n: int) -> list[int]:
     for _ in range(n):
         slope = [-power * value for power, value in enumerate(coefficients)][1:]
         coefficients = [a + b for a, b in zip([*slope, 0, 0], [0, 0, *slope], strict=True)]
-    return coefficients
+    return [_as_float(value) for value in coefficients]
 
 
 def _in_working_precision(rule: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -137,7 +138,8 @@ def _polygamma(n: int, self: Tensor) -> Tensor:
         cotangent = _cotangent(x)
         odd = (n + 1) % 2
         slope = _polynomial(cotangent * cotangent, _derivative_of_cotangent(n)[odd::2])
-        slope = math.pi ** (n + 1) * (slope * cotangent if odd else slope)
+        scale = math.pi ** (n + 1) if n < 600 else math.inf
+        slope = scale * (slope * cotangent if odd else slope)
         return torch.where(is_left, (-1) ** n * right - slope, right)
 
     return _in_working_precision(rule, self)

@@ -35,8 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two threads even on one core: with one, a loop that is parallel where it must not be does not show.
     torch.set_num_threads(2)
     config.stash[_GPU_DESELECTED] = 0
-    # A compile makes a hundred thousand small objects and drops them uncollected by count; torch's own modules, which
-    # are never dropped, would be walked each time that Python looks for cycles among them.
+    # Compiling makes many small objects, so Python looks for cycles often, each time in torch's modules too, which are
+    # never dropped: they are left out, and it looks more rarely.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -234,7 +234,6 @@ def test_nested_tensors_are_refused():
         canonicalize(graph)
 
 
-@pytest.mark.lengthy
 def test_a_batch_may_stand_where_heads_do():
     """Its size stays a symbol; only with grouped heads is the third last dim known to be heads."""
     x = torch.randn(6, 9, 16)
@@ -243,7 +242,6 @@ def test_a_batch_may_stand_where_heads_do():
     assert_accurate(fn(x), exact(x[None], x[None], x[None]))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_query_row_depends_on_itself_alone(device):
     """Alone or among others (C1, C4), in chunks, and in any batch."""
@@ -258,7 +256,6 @@ def test_a_query_row_depends_on_itself_alone(device):
         assert same_bits(fn(*(x[batch].clone() for x in (q, k, v))), whole[batch])
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_decoding_gives_the_bits_of_prefill(device):
     """C4: row t of a causal prefill is query t over the keys up to t."""

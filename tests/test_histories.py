@@ -43,7 +43,6 @@ def returned(x, y):
     return x * 3.1, x.sin(), x.t().reshape(-1), exponential, exponential.sin(), flat
 
 
-@pytest.mark.lengthy
 def test_gradients_of_what_is_returned_reshaped_are_added_first(monkeypatch):
     """Of one row, what is returned reshaped would be a view of an input or a result, its gradient added last."""
     values = torch.stack([random_rows(131, 5, seed=seed) for seed in range(8)])
@@ -127,7 +126,6 @@ def test_gradients_of_what_is_returned_repeated_do_not_depend_on_the_batch(repea
     assert not all(map(same_bits, gradients(compiled(repeated), slice(None)), whole))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_zeros_of_gradients_have_one_sign_where_rows_are_taken_one_by_one(device, monkeypatch):
     """Of two rows autograd adds zeros to the gradient of either, of one it adds nothing."""
@@ -180,7 +178,6 @@ def test_every_history_gives_the_same_bits(device, dtype):
         assert same_bits(result, results["static"]), name
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), *ON_A_GPU])
 def test_training_forward_equals_inference(device, dtype):
     model, x = block(device, dtype), random_rows(5, 11, 32, device=device, dtype=dtype)
@@ -222,7 +219,6 @@ def test_weight_gradients_are_the_same_from_run_to_run(device):
         assert same_bits(a, b)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes_do_not_change_bits(mode, device):
@@ -271,7 +267,6 @@ def test_a_warning_comes_before_dynamo_runs_eagerly():
         run(torch.ones(2, 3))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_dynamic_length_is_not_rounded(device, dtype):
@@ -305,7 +300,6 @@ def test_products_and_sums_with_zero_are_computed(device):
     assert not same_bits(stock[1], neutral(x)[1])
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_static_and_dynamic_lengths_have_one_order(device):
     """A short static sum is written out, a dynamic one is a loop, 1 is specialised."""
@@ -322,7 +316,6 @@ def test_static_and_dynamic_lengths_have_one_order(device):
         assert all(map(same_bits, dynamic(x), expected)), x.shape
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_exported_module_and_inference_mode(device):
     model, x = block(device, torch.float32), random_rows(5, 11, 32, device=device)

@@ -70,7 +70,6 @@ def test_fused_equals_unfused(graph, dtype, device):
         assert all(map(same_bits, results[0], other))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(("device", "graph"), CASES)
 def test_fused_rows_do_not_depend_on_the_batch(graph, device):
     w = random_rows(130, dtype=torch.bfloat16, device=device)
@@ -80,7 +79,6 @@ def test_fused_rows_do_not_depend_on_the_batch(graph, device):
     assert not any(changed.values()), changed
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_break_changes_nothing(dtype, device):

@@ -76,7 +76,6 @@ def test_rows_do_not_depend_on_the_batch(length, device, fn):
     assert set(changed) == set(batches) and not any(changed.values()), changed
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_rows_of_other_dtypes(dtype, device):
@@ -102,7 +101,6 @@ def test_sums_equal_the_oracle(length, device):
     assert same_bits(variance, expected_variance)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize(("device", "length"), lengths(1, 33, 4097, on_gpu=SOME_LENGTHS))
 def test_softmax_and_logsumexp_equal_the_oracle(length, device):
     x = random_rows(3, length, device=device)
